@@ -101,6 +101,8 @@ class BatchStatus:
     attempts: int = 0
     error: dict[str, Any] | None = None
     worker: str | None = None
+    queue: str = ""
+    quarantined: bool = False
     value: Any = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:

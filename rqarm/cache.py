@@ -1,0 +1,104 @@
+"""The results a manager can reach: ``rm.cache``."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import IO, Any
+
+from rqarm import codec, flows
+from rqarm.calls import Stats
+from rqarm.flows import Core
+from rqarm.model import BatchStatus, Key, State
+from rqarm.request import BatchRequest
+from rqarm.shell import AsyncShell, Shell, same_docs
+
+
+class Cache:
+    """Cached results: look, read, write, clear."""
+
+    def __init__(self, core: Core, shell: Shell) -> None:
+        self._core, self._shell = core, shell
+
+    def is_ready(self, key: str) -> bool:
+        """Whether the result can be read now."""
+        return self._shell.run(flows.status(self._core, key)).state is State.COMPLETED
+
+    def get(self, key: str) -> Any:
+        """The value, without waiting. Raises ResultNotReady, RequestFailed, RequestUnknown, CorruptResult."""
+        return self._shell.run(flows.result(self._core, key, 0))
+
+    def open(self, key: str) -> IO[bytes]:
+        """The stored bytes before compression as a binary file that can seek; pieces are fetched as they are read.
+
+        The bytes of a str, bytes, file or ``Result`` are the data; those of another value are its msgpack form.
+        Raises what ``get`` raises.
+        """
+        stored = self._shell.run(flows.stored_result(self._core, key))
+
+        def fetch(n: int) -> bytes | None:
+            return stored.inline if stored.inline is not None else self._shell.execute(self._core.calls.chunk(stored, n))
+
+        return codec.open_reader(stored.envelope, fetch)
+
+    def envelope(self, key: str) -> codec.Envelope:
+        """Kind, content type, file name and sizes of a result, in bytes. Raises what ``get`` raises."""
+        return self._shell.run(flows.stored_result(self._core, key)).envelope
+
+    def put(self, request: BatchRequest | str, value: Any) -> Key:
+        """Store a value as the result of a request without running it; its key.
+
+        Whatever state the request is in, it is completed with this value and its waiters wake. An attempt that runs
+        loses its claim. Raises UnpackableResult, ResultTooLarge, KeyConflict.
+        """
+        return self._shell.run(flows.put(self._core, request, value))
+
+    def list(self, limit: int | None = None) -> Iterator[BatchStatus]:
+        """The cached results, soonest to expire first, sticky ones last."""
+        return self._shell.iterate(flows.browse(self._core, self._core.keys.named("results"), limit))
+
+    def clear(self) -> int:
+        """Forget every result, sticky ones too: after a data rebuild. How many."""
+        return self._shell.run(flows.clear(self._core, temporary_only=False))
+
+    def clear_temporary(self) -> int:
+        """Forget every result that is not sticky. How many."""
+        return self._shell.run(flows.clear(self._core, temporary_only=True))
+
+    def stats(self) -> Stats:
+        """Counters since the namespace began and sizes now; bytes as they lie in Redis."""
+        return self._shell.run(flows.stats(self._core))
+
+
+@same_docs(Cache)
+class AsyncCache:
+    def __init__(self, core: Core, shell: AsyncShell) -> None:
+        self._core, self._shell = core, shell
+
+    async def is_ready(self, key: str) -> bool:
+        return (await self._shell.run(flows.status(self._core, key))).state is State.COMPLETED
+
+    async def get(self, key: str) -> Any:
+        return await self._shell.run(flows.result(self._core, key, 0))
+
+    async def open(self, key: str) -> IO[bytes]:
+        value = await self._shell.run(flows.result_bytes(self._core, key))
+        return io.BytesIO(value)
+
+    async def envelope(self, key: str) -> codec.Envelope:
+        return (await self._shell.run(flows.stored_result(self._core, key))).envelope
+
+    async def put(self, request: BatchRequest | str, value: Any) -> Key:
+        return await self._shell.run(flows.put(self._core, request, value))
+
+    def list(self, limit: int | None = None) -> Any:
+        return self._shell.iterate(flows.browse(self._core, self._core.keys.named("results"), limit))
+
+    async def clear(self) -> int:
+        return await self._shell.run(flows.clear(self._core, temporary_only=False))
+
+    async def clear_temporary(self) -> int:
+        return await self._shell.run(flows.clear(self._core, temporary_only=True))
+
+    async def stats(self) -> Stats:
+        return await self._shell.run(flows.stats(self._core))

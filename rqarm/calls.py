@@ -1,0 +1,603 @@
+"""What to say to Redis, and what its answer means.
+
+No I/O here: a function returns a Call, the managers run it. Keys come from rqarm.keys, reply words from the header of
+the script of the same name. Everything in milliseconds is named so; callers speak seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Generic, Protocol, TypeVar
+
+from rqarm import codec
+from rqarm.codec import Envelope
+from rqarm.config import Settings
+from rqarm.errors import ForeignData, KeyConflict, LeaseLost, RqarmError, VersionSkew
+from rqarm.keys import RECORD_FIELDS, Keys
+from rqarm.model import BatchStatus, Key, Outcome, Priority, State, Token
+from rqarm.request import BatchRequest
+from rqarm.request import unpack as unpack_request
+from rqarm.scripts import Script, script
+from rqarm.uri import Canonical
+
+T = TypeVar("T")
+
+#: seconds between a crash and the next attempt, by number of crashes so far. Source: shared/faults.md, rule 9.
+CRASH_DELAYS = (1.0, 5.0, 25.0)
+#: quarantined requests kept at the most; the oldest go first
+QUARANTINE_KEPT = 10_000
+#: requests that one step of the sweep, clear or browse looks at
+STEP = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One transition: which script, with what, and how to read its answer."""
+
+    script: Script
+    keys: tuple[str, ...]
+    argv: tuple[Any, ...]
+    parse: Callable[[Any], T]
+
+
+@dataclass(frozen=True, slots=True)
+class Command(Generic[T]):
+    """One plain Redis command. ``waits``: it blocks, so it must not hold a connection that submits need."""
+
+    argv: tuple[Any, ...]
+    parse: Callable[[Any], T]
+    waits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Generic[T]):
+    """Several calls in one round trip; the answer is the list of theirs."""
+
+    steps: tuple[Call[T] | Command[T], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """An RQ job that was recorded, not sent: its id and the commands that create it, in the form prelude.lua replays."""
+
+    job_id: str
+    commands: bytes
+
+
+class Delivery(Protocol):
+    """What the calls must know of RQ's names. rqarm.rqjobs implements it."""
+
+    job_prefix: str
+
+    def lists(self, queue: str) -> tuple[str, str, str]: ...
+
+    def worker_sets(self, queue: str) -> tuple[str, str, str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A result as it lies in Redis: the envelope, who wrote it, and its bytes when they are small."""
+
+    key: Key
+    owner: str
+    envelope: Envelope
+    inline: bytes | None
+
+    def value(self) -> Any:
+        """The value of a small result. Raises CorruptResult."""
+        assert self.inline is not None, "a chunked result is read by flows.value_of"
+        return codec.decode(self.envelope, self.inline)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A record and, when it was asked for and is there, its result."""
+
+    status: BatchStatus
+    stored: Stored | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One execution as its holder sees it. ``number`` is 1 for the first, ``retries`` and ``crashes`` count before it."""
+
+    key: Key
+    token: Token
+    number: int
+    request: BatchRequest
+    kwargs: dict[str, Any]
+    retries: int
+    crashes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Overdue:
+    """A request that the sweep found dead. ``crashes`` counts for a lapsed lease, ``job_id`` is the lost ticket's."""
+
+    key: Key
+    uri: str
+    queue: str
+    priority: Priority
+    crashes: int = 0
+    job_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    lapsed: tuple[Overdue, ...]
+    ticketless: tuple[Overdue, ...]
+    cursor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Part of an index, in its order. ``total`` counts the whole index."""
+
+    total: int
+    entries: tuple[BatchStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counters since the namespace began, and sizes now. ``bytes``: stored results, compressed as they lie."""
+
+    submissions: dict[str, int]
+    executions: dict[str, int]
+    sweeps: dict[str, int]
+    bytes: int
+    temporary: int
+    sticky: int
+    in_progress: int
+    quarantined: int
+    pending: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class Calls:
+    """Every transition of one namespace, as values."""
+
+    def __init__(self, keys: Keys, settings: Settings, delivery: Delivery) -> None:
+        self.keys, self.settings, self.delivery = keys, settings, delivery
+
+    # -- requests
+
+    def submit(
+        self,
+        request: BatchRequest,
+        identity: Canonical,
+        ticket: Ticket,
+        *,
+        payload: tuple[str, bytes] | None = None,
+        again: bool = False,
+    ) -> Call[Found]:
+        """Answer from the cache, join, or claim and queue. ``Found.status.outcome`` says which.
+
+        Raises KeyConflict when the key belongs to another request, VersionSkew on a state this version does not know.
+        """
+        key, settings = identity.key, self.settings
+        argv = (
+            identity.text,
+            request.pack(),
+            ticket.job_id,
+            ticket.commands,
+            self.delivery.job_prefix,
+            request.queue or settings.queue,
+            int(request.priority),
+            int(request.sticky),
+            ms(request.ttl or 0),
+            ms(settings.ttl),
+            ms(request.estimated_time or 0),
+            request.family,
+            payload[0] if payload else "",
+            payload[1] if payload else b"",
+            settings.max_pending,
+            settings.max_attempts,
+            int(again),
+            LAPSED,
+        )
+
+        def parse(reply: Any) -> Found:
+            word, *rest = _words("submit", reply)
+            if word == "conflict":
+                raise KeyConflict(key, identity.text, _text(rest[0]))
+            if word == "corrupt":
+                raise _unknown_state(key, rest[0])
+            stored = _stored(key, rest[1]) if word == "hit" else None
+            return Found(_status(key, rest[0], outcome=Outcome(word)), stored)
+
+        return self._call("submit", key, argv, parse)
+
+    def read(self, key: Key, *, with_value: bool) -> Call[Found]:
+        """The record, with the result when wanted. No record: state ``unknown``."""
+
+        def parse(reply: Any) -> Found:
+            word, *rest = _words("read", reply)
+            if word == "unknown":
+                return Found(BatchStatus(key, State.UNKNOWN), None)
+            return Found(_status(key, rest[0]), _stored(key, rest[1]) if rest[1] else None)
+
+        return self._call("read", key, (int(with_value),), parse)
+
+    def locate(self, key: Key, queue: str) -> Call[BatchStatus]:
+        """The record with position and eta; live workers are counted on ``queue``."""
+
+        def parse(reply: Any) -> BatchStatus:
+            word, *rest = _words("locate", reply)
+            if word == "unknown":
+                return BatchStatus(key, State.UNKNOWN)
+            position, eta_ms = int(rest[1]), int(rest[2])
+            return replace(
+                _status(key, rest[0]),
+                position=position if position >= 0 else None,
+                eta=eta_ms / 1000 if eta_ms >= 0 else None,
+            )
+
+        return self._call("locate", key, self.delivery.worker_sets(queue), parse)
+
+    def find(self, key: Key) -> Command[BatchRequest | None]:
+        """The request itself, as it was submitted, or None."""
+
+        def parse(reply: Any) -> BatchRequest | None:
+            return None if reply is None else unpack_request(reply)
+
+        return Command(("HGET", self.keys.status(key), "request"), parse)
+
+    def cancel(self, key: Key) -> Call[tuple[str, State]]:
+        """``cancelled`` | ``ended`` | ``unknown``, with the state before."""
+        return self._call("cancel", key, (ms(self.settings.failure_ttl),), _word_and_state("cancel"))
+
+    def forget(self, key: Key) -> Call[tuple[str, State]]:
+        """``forgotten`` | ``in_flight`` | ``unknown``, with the state before."""
+        return self._call("forget", key, (), _word_and_state("forget"))
+
+    def put(
+        self, request: BatchRequest, identity: Canonical, owner: str, envelope: Envelope, inline: bytes | None
+    ) -> Call[None]:
+        """Store a result without an execution. Raises KeyConflict, and RqarmError when chunks are missing."""
+        key = identity.key
+        argv = (
+            identity.text,
+            request.pack(),
+            owner,
+            request.queue or self.settings.queue,
+            int(request.sticky),
+            ms(request.ttl or self.settings.ttl),
+            *_envelope_argv(envelope, inline),
+        )
+
+        def parse(reply: Any) -> None:
+            word, *rest = _words("put", reply)
+            if word == "conflict":
+                raise KeyConflict(key, identity.text, _text(rest[0]))
+            if word == "torn":
+                raise _torn(key, rest[0])
+
+        return self._call("put", key, argv, parse)
+
+    # -- attempts
+
+    def start(self, key: Key, job_id: str, execution: str, worker: str, lease_ms: int) -> Call[Attempt | State]:
+        """The attempt, or the state because of which the ticket is superseded (``unknown``: no record).
+
+        ``execution`` is made by the caller; the same one again gets the same token.
+        """
+
+        def parse(reply: Any) -> Attempt | State:
+            word, *rest = _words("start", reply)
+            if word == "started":
+                return _attempt(key, rest)
+            return State.UNKNOWN if word == "unknown" else _state(key, rest[0])
+
+        return self._call("start", key, (job_id, execution, worker, lease_ms), parse)
+
+    def take(self, queue: str, execution: str, worker: str, lease_ms: int) -> Call[Attempt | str]:
+        """Pop and start the next request of a queue; or, when there is none, the id of the newest event."""
+
+        def parse(reply: Any) -> Attempt | str:
+            word, *rest = _words("take", reply)
+            return _attempt(Key(_text(rest[0])), rest[1:]) if word == "started" else _text(rest[0])
+
+        argv = (execution, worker, lease_ms, self.delivery.job_prefix, *self.delivery.lists(queue))
+        return self._index_call("take", self.keys.named("pending", queue=queue), argv, parse)
+
+    def renew(self, attempt: Attempt, lease_ms: int, progress: bytes = b"") -> Call[int]:
+        """Keep an attempt ours for another ``lease_ms``; the new deadline in Unix ms on the server's clock.
+
+        Raises LeaseLost when another attempt holds the key, or nobody: stop the handler.
+        """
+
+        def parse(reply: Any) -> int:
+            return int(_held(attempt.key, _words("renew", reply))[1])
+
+        return self._call("renew", attempt.key, (attempt.token, lease_ms, progress), parse)
+
+    def complete(
+        self, attempt: Attempt, envelope: Envelope, inline: bytes | None, *, sticky: bool, ttl_ms: int
+    ) -> Call[str]:
+        """``stored`` | ``already``. Raises LeaseLost, and RqarmError when chunks are missing."""
+
+        def parse(reply: Any) -> str:
+            word, *rest = _held(attempt.key, _words("complete", reply))
+            if word == "torn":
+                raise _torn(attempt.key, rest[0])
+            return word
+
+        argv = (attempt.token, int(sticky), ttl_ms, attempt.request.family, *_envelope_argv(envelope, inline))
+        return self._call("complete", attempt.key, argv, parse)
+
+    def fail(self, attempt: Attempt, error: bytes, *, failure_ttl_ms: int, negative_ms: int) -> Call[str]:
+        """``failed`` | ``already``. Raises LeaseLost."""
+        argv = (attempt.token, error, failure_ttl_ms, negative_ms)
+        return self._call("fail", attempt.key, argv, _held_word("fail", attempt.key))
+
+    def retry(self, attempt: Attempt, ticket: Ticket, *, delay_ms: int, kwargs: bytes, error: bytes) -> Call[str]:
+        """``retried`` | ``already``. Raises LeaseLost."""
+        argv = (attempt.token, ticket.job_id, ticket.commands, delay_ms, kwargs, error)
+        return self._call("retry", attempt.key, argv, _held_word("retry", attempt.key))
+
+    def release(self, attempt: Attempt, ticket: Ticket) -> Call[str]:
+        """``released`` | ``already``. Raises LeaseLost."""
+        argv = (attempt.token, ticket.job_id, ticket.commands)
+        return self._call("release", attempt.key, argv, _held_word("release", attempt.key))
+
+    # -- healing
+
+    def crash(self, key: Key, token: Token | None, ticket: Ticket, *, delay_ms: int, error: bytes) -> Call[str]:
+        """``requeued`` | ``quarantined`` | ``already`` | ``alive``. Without a token the lease must have lapsed."""
+        argv = (token or "", ticket.job_id, ticket.commands, delay_ms, self.settings.max_attempts, error)
+        return self._call("crash", key, argv, _word("crash"))
+
+    def revive(self, found: Overdue, ticket: Ticket) -> Call[str]:
+        """``revived`` | ``already`` | ``alive``."""
+        return self._call("revive", found.key, (found.job_id, ticket.job_id, ticket.commands), _word("revive"))
+
+    def sweep(self, queue: str, cursor: int = 0) -> Call[Swept]:
+        """One step of the search for the dead on this queue; go on while ``cursor`` is not 0."""
+
+        def parse(reply: Any) -> Swept:
+            _, lapsed, ticketless, cursor = _words("sweep", reply)
+            return Swept(
+                tuple(replace(_overdue(row), crashes=int(row[4])) for row in _rows(lapsed, 5)),
+                tuple(replace(_overdue(row), job_id=_text(row[4])) for row in _rows(ticketless, 5)),
+                int(cursor),
+            )
+
+        lease_ms = ms(self.settings.lease)
+        lists = self.delivery.lists(queue)
+        argv = (queue, cursor, STEP, lease_ms, self.delivery.job_prefix, QUARANTINE_KEPT, *lists)
+        return self._index_call("sweep", self.keys.named("leases"), argv, parse)
+
+    # -- views
+
+    def browse(self, index: str, offset: int, limit: int) -> Call[Page]:
+        """A page of an index by its full key name."""
+
+        def parse(reply: Any) -> Page:
+            _, total, *rows = _words("browse", reply)
+            return Page(int(total), tuple(_status(Key(_text(key)), fields) for key, fields in _rows(rows, 2)))
+
+        return self._index_call("browse", index, (offset, limit), parse)
+
+    def clear(self, *, temporary_only: bool) -> Call[tuple[int, int]]:
+        """One step: (forgotten, looked at). Go on while the second is not 0."""
+
+        def parse(reply: Any) -> tuple[int, int]:
+            _, cleared, looked_at = _words("clear", reply)
+            return int(cleared), int(looked_at)
+
+        argv = ("(+inf" if temporary_only else "+inf", STEP)
+        return self._index_call("clear", self.keys.named("results"), argv, parse)
+
+    def stats(self) -> Call[Stats]:
+        """The counters and sizes of the namespace."""
+
+        def parse(reply: Any) -> Stats:
+            _, submissions, executions, sweeps, size, temporary, sticky, running, quarantined, waiting = _words(
+                "stats", reply
+            )
+            return Stats(
+                submissions=_counts(submissions),
+                executions=_counts(executions),
+                sweeps=_counts(sweeps),
+                bytes=int(size),
+                temporary=int(temporary),
+                sticky=int(sticky),
+                in_progress=int(running),
+                quarantined=int(quarantined),
+                pending=_counts(waiting),
+            )
+
+        return self._index_call("stats", self.keys.named("queues"), (), parse)
+
+    def chunk(self, stored: Stored, n: int) -> Command[bytes | None]:
+        """The n-th stored piece of a result, or None when it is gone."""
+        return Command(("GET", self.keys.chunk(stored.key, stored.owner, n)), lambda reply: reply)
+
+    def stage(self, key: Key, owner: str, n: int, piece: bytes) -> Command[None]:
+        """Write a piece ahead of the commit; it goes away by itself when the commit never comes."""
+        life_ms = ms(self.settings.timeout + self.settings.lease)
+        return Command(("SET", self.keys.chunk(key, owner, n), piece, "PX", life_ms), lambda _: None)
+
+    def unstage(self, key: Key, owner: str, chunks: int) -> Command[None]:
+        """Drop pieces whose commit will not come."""
+        return Command(("UNLINK", *(self.keys.chunk(key, owner, n) for n in range(chunks))), lambda _: None)
+
+    def events(self, after: str, *, limit: int = STEP) -> Command[list[tuple[str, dict[str, str]]]]:
+        """Events behind the id ``after`` that are there already."""
+        return Command(("XRANGE", self.keys.named("events"), f"({after}", "+", "COUNT", limit), _entries)
+
+    def next_events(self, after: str, timeout_ms: int) -> Command[list[tuple[str, dict[str, str]]]]:
+        """Events behind the id ``after``, waiting up to ``timeout_ms`` for the first."""
+
+        def parse(reply: Any) -> list[tuple[str, dict[str, str]]]:
+            if not reply:
+                return []
+            streams = reply.values() if isinstance(reply, dict) else [stream[1] for stream in reply]
+            entries = next(iter(streams))
+            # RESP3 nests the entries of a stream once more than RESP2
+            return _entries(entries[0] if entries and isinstance(entries[0], list) else entries)
+
+        argv = ("XREAD", "COUNT", STEP, "BLOCK", timeout_ms, "STREAMS", self.keys.named("events"), after)
+        return Command(argv, parse, waits=True)
+
+    def newest_event(self) -> Command[str]:
+        """The id of the newest event; ``0-0`` when there is none."""
+        argv = ("XREVRANGE", self.keys.named("events"), "+", "-", "COUNT", 1)
+        return Command(argv, lambda reply: _entries(reply)[0][0] if reply else "0-0")
+
+    # -- how a call is made
+
+    def _call(self, verb: str, key: Key, argv: Sequence[Any], parse: Callable[[Any], T]) -> Call[T]:
+        return Call(script(verb), (self.keys.status(key),), (self.keys.prefix, key, *argv), parse)
+
+    def _index_call(self, verb: str, index: str, argv: Sequence[Any], parse: Callable[[Any], T]) -> Call[T]:
+        return Call(script(verb), (index,), (self.keys.prefix, *argv), parse)
+
+
+def ms(seconds: float) -> int:
+    """Seconds to milliseconds; what is above 0 stays above 0."""
+    return max(1, round(seconds * 1000)) if seconds > 0 else 0
+
+
+def foreign_data(keys: Iterable[str], error: Exception) -> ForeignData:
+    """What a WRONGTYPE answer means: somebody else wrote under our names."""
+    return ForeignData(
+        f"{', '.join(keys)}, or a key of the same request, holds data that rqarm did not write ({error}): look at it "
+        "with TYPE, move it away or give rqarm another namespace"
+    )
+
+
+#: stored when a lease lapses and nobody is left to say why
+LAPSED = codec.pack_error("LeaseLapsed", "the worker fell silent for longer than its lease", "")
+
+
+def _words(verb: str, reply: Any) -> list[Any]:
+    """The reply with its first element as a known word. Raises VersionSkew."""
+    if isinstance(reply, list) and reply and isinstance(reply[0], bytes):
+        word = reply[0].decode("ascii", "replace")
+        if word in script(verb).outcomes:
+            return [word, *reply[1:]]
+    raise VersionSkew(f"{verb} answered {reply!r:.100}, which this version of rqarm does not know: upgrade all parts")
+
+
+def _word(verb: str) -> Callable[[Any], str]:
+    return lambda reply: str(_words(verb, reply)[0])
+
+
+def _word_and_state(verb: str) -> Callable[[Any], tuple[str, State]]:
+    def parse(reply: Any) -> tuple[str, State]:
+        word, *rest = _words(verb, reply)
+        return word, State(_text(rest[0])) if rest else State.UNKNOWN
+
+    return parse
+
+
+def _held(key: Key, words: list[Any]) -> list[Any]:
+    if words[0] == "lost":
+        raise LeaseLost(key, _text(words[1]))
+    return words
+
+
+def _held_word(verb: str, key: Key) -> Callable[[Any], str]:
+    return lambda reply: str(_held(key, _words(verb, reply))[0])
+
+
+def _envelope_argv(envelope: Envelope, inline: bytes | None) -> tuple[Any, ...]:
+    fields = envelope.to_fields()
+    return (envelope.stored, envelope.chunks, *fields, *(("bytes", inline) if inline is not None else ()))
+
+
+def _stored(key: Key, flat: list[bytes]) -> Stored:
+    fields = dict(zip(flat[::2], flat[1::2], strict=True))
+    owner, inline = fields.pop(b"owner", b""), fields.pop(b"bytes", None)
+    return Stored(key, _text(owner), Envelope.from_fields(fields), inline)
+
+
+def _attempt(key: Key, values: list[Any]) -> Attempt:
+    token, number, request, kwargs, retries, crashes = values
+    return Attempt(
+        key,
+        Token(int(token)),
+        int(number),
+        unpack_request(request),
+        codec.unpack(kwargs) if kwargs else {},
+        int(retries or 0),
+        int(crashes or 0),
+    )
+
+
+def _status(key: Key, values: list[Any], outcome: Outcome | None = None) -> BatchStatus:
+    field = dict(zip(RECORD_FIELDS, values, strict=True))
+    est_ms = int(field["est_ms"] or 0)
+    return BatchStatus(
+        key=key,
+        state=_state(key, field["state"]) if field["state"] else State.UNKNOWN,
+        outcome=outcome,
+        uri=_text(field["uri"] or b"").split("\n", 2)[-1],
+        sticky=field["sticky"] == b"1",
+        submitted=_time(field["submitted_ms"]),
+        started=_time(field["started_ms"]),
+        ended=_time(field["ended_ms"]),
+        estimated_time=est_ms / 1000 if est_ms else None,
+        progress=_progress(field["progress"]),
+        attempts=int(field["attempts"] or 0),
+        error=codec.unpack_error(field["error"]) if field["error"] else None,
+        worker=_text(field["worker"]) if field["worker"] else None,
+        queue=_text(field["queue"] or b""),
+        quarantined=field["quarantined"] == b"1",
+    )
+
+
+def _state(key: Key, word: Any) -> State:
+    try:
+        return State(_text(word))
+    except ValueError:
+        raise _unknown_state(key, word) from None
+
+
+def _unknown_state(key: Key, word: Any) -> VersionSkew:
+    return VersionSkew(
+        f"request {key!r} is in state {_text(word)!r}, which this version of rqarm does not know: upgrade, or forget it"
+    )
+
+
+def _torn(key: Key, missing: Any) -> RqarmError:
+    return RqarmError(f"{int(missing)} pieces of the result of {key!r} are gone before its commit: write it again")
+
+
+def _progress(packed: bytes | None) -> float | None:
+    return float(json.loads(packed)["fraction"]) if packed else None
+
+
+def _time(text: bytes | None) -> datetime | None:
+    return datetime.fromtimestamp(int(text) / 1000, UTC) if text else None
+
+
+def _text(raw: Any) -> str:
+    return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
+
+
+def _rows(flat: Sequence[Any], width: int) -> list[Sequence[Any]]:
+    return [flat[i : i + width] for i in range(0, len(flat), width)]
+
+
+def _overdue(row: Sequence[Any]) -> Overdue:
+    key, uri, queue, priority, _ = row
+    return Overdue(Key(_text(key)), _text(uri).split("\n", 2)[-1], _text(queue), Priority(int(priority)))
+
+
+def _counts(flat: list[Any]) -> dict[str, int]:
+    return {_text(name): int(n) for name, n in _rows(flat, 2)}
+
+
+def _entries(raw: Iterable[Any]) -> list[tuple[str, dict[str, str]]]:
+    found = []
+    for entry_id, fields in raw:
+        pairs = fields.items() if isinstance(fields, dict) else _rows(fields, 2)
+        found.append((_text(entry_id), {_text(name): _text(value) for name, value in pairs}))
+    return found

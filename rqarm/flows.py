@@ -1,0 +1,591 @@
+"""How to wait, and everything else that takes more than one step.
+
+A flow is a generator. It yields what it needs (a Call, a Command, a Batch, Watch, Listen, Emit) and is sent the answer;
+the managers drive it, blocking or on an event loop, and a test drives it by hand. No I/O, no Redis client, no thread
+here. The clock is the monotonic one; the server's time never meets it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
+
+from rqarm import codec
+from rqarm.calls import (
+    CRASH_DELAYS,
+    LAPSED,
+    Attempt,
+    Batch,
+    Call,
+    Calls,
+    Command,
+    Found,
+    Overdue,
+    Page,
+    Stats,
+    Stored,
+    Ticket,
+    ms,
+)
+from rqarm.config import Settings
+from rqarm.errors import (
+    CorruptResult,
+    InvalidRequest,
+    Quarantined,
+    RequestCancelled,
+    RequestFailed,
+    RequestLost,
+    RequestUnknown,
+    ResultNotReady,
+    WaitTimeout,
+)
+from rqarm.keys import Keys
+from rqarm.model import BatchStatus, Key, Outcome, Priority, State, Token
+from rqarm.request import BatchRequest, as_request
+from rqarm.uri import Canonical, check_key, redact
+
+T = TypeVar("T")
+
+#: seconds after which a waiter reads the record again, woken or not: a lost wake-up costs this at the most
+RECHECK = 5.0
+#: pieces of a large result that one round trip fetches
+PIECES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """From now to the end of the flow: hear of these keys. Answered when the subscription stands."""
+
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Wait for a wake-up of a watched key, at most ``timeout`` seconds. The answer is the set of keys that woke."""
+
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """One item for the caller of a flow that gives many."""
+
+    item: Any
+
+
+Step = Call[Any] | Command[Any] | Batch[Any] | Watch | Listen | Emit
+Flow = Generator[Step, Any, T]
+
+
+class Jobs(Protocol):
+    """Who records RQ jobs. rqarm.rqjobs implements it."""
+
+    job_prefix: str
+
+    def lists(self, queue: str) -> tuple[str, str, str]: ...
+
+    def worker_sets(self, queue: str) -> tuple[str, str, str]: ...
+
+    def enqueue(self, key: Key, description: str, queue: str, priority: Priority) -> Ticket: ...
+
+    def enqueue_at_front(self, key: Key, description: str, queue: str, priority: Priority) -> Ticket: ...
+
+    def schedule(self, key: Key, description: str, queue: str, priority: Priority, delay: float) -> Ticket: ...
+
+
+@dataclass(frozen=True)
+class Core:
+    """What every flow of one manager needs."""
+
+    settings: Settings
+    jobs: Jobs
+    clock: Callable[[], float] = time.monotonic
+    keys: Keys = field(init=False)
+    calls: Calls = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", Keys(self.settings.namespace))
+        object.__setattr__(self, "calls", Calls(self.keys, self.settings, self.jobs))
+
+    def identify(self, request: BatchRequest) -> Canonical:
+        """The identity of a request under this manager's ``ignore_params``."""
+        return request.identify(self.settings.ignore_params)
+
+    def describe(self, request: BatchRequest) -> str:
+        """What people read of a request in RQ's lists and in logs: no secrets."""
+        text = redact(self.identify(request).uri, self.settings.secret_params)
+        return f"{request.operation} {text}".rstrip() if request.operation else text
+
+    def queue_of(self, request: BatchRequest) -> str:
+        return request.queue or self.settings.queue
+
+
+# -- requests
+
+
+def submit(core: Core, request: BatchRequest | str, payload: Any = None, *, again: bool = False) -> Flow[BatchStatus]:
+    """Submit; a hit carries its value when that is small. A corrupt result counts as a miss and runs again."""
+    request = as_request(request)
+    found: Found = yield _submit_call(core, request, payload, again)
+    if found.stored is None or found.stored.inline is None:
+        return found.status
+    try:
+        return replace(found.status, value=found.stored.value())
+    except CorruptResult:
+        found = yield _submit_call(core, request, payload, True)
+        return found.status
+
+
+def submit_many(core: Core, requests: Iterable[BatchRequest | str]) -> Flow[list[BatchStatus]]:
+    """All in one round trip; equal requests are sent once. The answers stand in the order of the requests."""
+    wanted = [as_request(request) for request in requests]
+    distinct = list(dict.fromkeys(wanted))
+    if not distinct:
+        return []
+    answers: list[Found] = yield Batch(tuple(_submit_call(core, request, None, False) for request in distinct))
+    by_request = {request: found.status for request, found in zip(distinct, answers, strict=True)}
+    return [by_request[request] for request in wanted]
+
+
+def _submit_call(core: Core, request: BatchRequest, payload: Any, again: bool) -> Call[Found]:
+    packed = None
+    if payload is not None:
+        packed_payload = codec.pack(payload)
+        packed = (hashlib.blake2b(packed_payload, digest_size=8).hexdigest(), packed_payload)
+    identity = core.identify(request)
+    ticket = core.jobs.enqueue(identity.key, core.describe(request), core.queue_of(request), request.priority)
+    return core.calls.submit(request, identity, ticket, payload=packed, again=again)
+
+
+def status(core: Core, key: str) -> Flow[BatchStatus]:
+    found: Found = yield core.calls.read(check_key(key), with_value=False)
+    return found.status
+
+
+def full_status(core: Core, key: str) -> Flow[BatchStatus]:
+    """The status with position and eta. The workers counted are those of the request's own queue."""
+    first: BatchStatus = yield core.calls.locate(check_key(key), core.settings.queue)
+    if first.state is not State.PENDING or first.queue == core.settings.queue:
+        return first
+    located: BatchStatus = yield core.calls.locate(first.key, first.queue)
+    return located
+
+
+def find(core: Core, key: str) -> Flow[BatchRequest | None]:
+    request: BatchRequest | None = yield core.calls.find(check_key(key))
+    return request
+
+
+def cancel(core: Core, key: str) -> Flow[bool]:
+    word, _ = yield core.calls.cancel(check_key(key))
+    if word == "unknown":
+        raise RequestUnknown(key)
+    return bool(word == "cancelled")
+
+
+def forget(core: Core, key: str) -> Flow[bool]:
+    word, state = yield core.calls.forget(check_key(key))
+    if word == "in_flight":
+        raise ResultNotReady(key, f"{state} and cannot be forgotten; cancel it first, or")
+    return bool(word == "forgotten")
+
+
+# -- results
+
+
+def result(core: Core, key: str, timeout: float | None = 0) -> Flow[Any]:
+    """The value of a request that was submitted before. ``timeout``: 0 = do not wait, None = for ever."""
+    key = check_key(key)
+    found: Found = yield core.calls.read(key, with_value=True)
+    if found.status.state.in_flight and timeout != 0:
+        found = yield from _wait_for(core, key, timeout)
+    return (yield from _value(core, found))
+
+
+def get(core: Core, request: BatchRequest | str, timeout: float | None = None) -> Flow[Any]:
+    """Submit and wait: the value."""
+    _, answer = yield from get_or_submit(core, request, None, value_only=True)
+    if not isinstance(answer, BatchStatus):
+        return answer
+    found = yield from _wait_for(core, answer.key, timeout)
+    return (yield from _value(core, found))
+
+
+def get_or_submit(
+    core: Core, request: BatchRequest | str, payload: Any, *, value_only: bool = False
+) -> Flow[tuple[bool, Any]]:
+    """(True, value) on a hit, else (False, status). With ``value_only`` a negative answer raises."""
+    request = as_request(request)
+    found: Found = yield _submit_call(core, request, payload, False)
+    if found.stored is not None:
+        try:
+            return True, (yield from _value(core, found))
+        except CorruptResult:
+            found = yield _submit_call(core, request, payload, True)
+    if value_only and found.status.outcome in (Outcome.NEGATIVE, Outcome.REFUSED):
+        raise _unsuccessful(found.status)
+    return False, found.status
+
+
+def _value(core: Core, found: Found) -> Flow[Any]:
+    if found.status.state is not State.COMPLETED:
+        raise _unsuccessful(found.status)
+    stored = found.stored
+    if stored is None:
+        raise RequestUnknown(found.status.key)
+    if stored.inline is not None:
+        return stored.value()
+    return codec.decode_chunks(stored.envelope, (yield from _pieces(core, stored)))
+
+
+def _pieces(core: Core, stored: Stored) -> Flow[list[bytes | None]]:
+    """The stored pieces of a large result; None for one that is gone."""
+    pieces: list[bytes | None] = []
+    for first in range(0, stored.envelope.chunks, PIECES):
+        wanted = range(first, min(first + PIECES, stored.envelope.chunks))
+        pieces += yield Batch(tuple(core.calls.chunk(stored, n) for n in wanted))
+    return pieces
+
+
+def _unsuccessful(status: BatchStatus) -> Exception:
+    if status.outcome is Outcome.REFUSED:
+        return Refused(status.key, status.queue)
+    if status.state is State.FAILED:
+        return (Quarantined if status.quarantined else RequestFailed)(status.key, status.error)
+    if status.state is State.CANCELLED:
+        return RequestCancelled(status.key)
+    if status.state is State.UNKNOWN:
+        return RequestUnknown(status.key)
+    return ResultNotReady(status.key, status.state)
+
+
+def stored_result(core: Core, key: str) -> Flow[Stored]:
+    """The stored form, for readers that fetch piece by piece."""
+    found: Found = yield core.calls.read(check_key(key), with_value=True)
+    if found.status.state is not State.COMPLETED:
+        raise _unsuccessful(found.status)
+    if found.stored is None:
+        raise RequestUnknown(found.status.key)
+    return found.stored
+
+
+def result_bytes(core: Core, key: str) -> Flow[bytes]:
+    """The whole of a result as the bytes it had before compression."""
+    stored = yield from stored_result(core, key)
+    pieces: Sequence[bytes | None] = [stored.inline]
+    if stored.inline is None:
+        pieces = yield from _pieces(core, stored)
+    return codec.open_reader(stored.envelope, lambda n: pieces[n]).read()
+
+
+# -- waiting
+
+
+def wait(core: Core, keys: str | Iterable[str], timeout: float | None) -> Flow[list[BatchStatus]]:
+    """The statuses in the order of the keys, when all have ended or the time is over."""
+    wanted = [check_key(key) for key in ([keys] if isinstance(keys, str) else keys)]
+    known: dict[Key, BatchStatus] = {}
+    yield from _collect(_settle(core, wanted, timeout, known))
+    return [known[key] for key in wanted]
+
+
+def as_completed(core: Core, keys: Iterable[str], timeout: float | None) -> Flow[None]:
+    """Emits each status as its request ends. Raises WaitTimeout for the first key that has not, when time is over."""
+    wanted = [check_key(key) for key in keys]
+    known: dict[Key, BatchStatus] = {}
+    left = set(wanted)
+    for step in _steps(_settle(core, wanted, timeout, known)):
+        if isinstance(step.value, Emit):
+            found = step.value.item
+            left.discard(found.status.key)
+            yield Emit(found.status)
+        else:
+            step.answer = yield step.value
+    for key in wanted:
+        if key in left:
+            raise WaitTimeout(key, known[key].state, timeout or 0.0)
+
+
+def _wait_for(core: Core, key: Key, timeout: float | None) -> Flow[Found]:
+    known: dict[Key, BatchStatus] = {}
+    ended = yield from _collect(_settle(core, [key], timeout, known))
+    if not ended:
+        raise WaitTimeout(key, known[key].state, timeout or 0.0)
+    found: Found = ended[0]
+    if found.status.state is State.UNKNOWN:
+        raise RequestLost(key)
+    return found
+
+
+def _settle(
+    core: Core, keys: Sequence[Key], timeout: float | None, known: dict[Key, BatchStatus]
+) -> Flow[None]:
+    """Emits a Found for each key as it ends (or is unknown); returns at the end or when the time is over.
+
+    Subscribe, then read, then wait: a result that comes between reading and waiting has left its wake-up behind. The
+    record is the answer and the wake-up a hint, so everything is read again every RECHECK seconds.
+    """
+    deadline = None if timeout is None else core.clock() + timeout
+    waiting = dict.fromkeys(keys)
+    with_value = len(waiting) == 1
+    yield Watch(tuple(waiting))
+    asked: Iterable[Key] = tuple(waiting)
+    while True:
+        answers: list[Found] = yield Batch(tuple(core.calls.read(key, with_value=with_value) for key in asked))
+        for found in answers:
+            known[found.status.key] = found.status
+            if not found.status.state.in_flight:
+                del waiting[found.status.key]
+                yield Emit(found)
+        left = RECHECK if deadline is None else min(RECHECK, deadline - core.clock())
+        if not waiting or left <= 0:
+            return
+        woken: set[Key] = yield Listen(left)
+        asked = [key for key in waiting if key in woken] or tuple(waiting)
+
+
+@dataclass(slots=True)
+class _StepOf:
+    value: Step
+    answer: Any = None
+
+
+def _steps(flow: Flow[Any]) -> Iterator[_StepOf]:
+    """A flow as a plain iterator: set ``answer`` of a step before asking for the next."""
+    answer = None
+    while True:
+        try:
+            step = _StepOf(flow.send(answer))
+        except StopIteration:
+            return
+        yield step
+        answer = step.answer
+
+
+def _collect(flow: Flow[Any]) -> Flow[list[Any]]:
+    """What the flow emits, as a list; every other step goes on to the driver."""
+    items = []
+    for step in _steps(flow):
+        if isinstance(step.value, Emit):
+            items.append(step.value.item)
+        else:
+            step.answer = yield step.value
+    return items
+
+
+# -- attempts
+
+
+def take(core: Core, queue: str | None, worker: str, timeout: float | None) -> Flow[Attempt | None]:
+    """Pop and start the next request of the queue, waiting up to ``timeout`` seconds (None = for ever) for one."""
+    queue = queue or core.settings.queue
+    deadline = None if timeout is None else core.clock() + timeout
+    while True:
+        taken: Attempt | str = yield core.calls.take(queue, secrets.token_hex(8), worker, ms(core.settings.lease))
+        if isinstance(taken, Attempt):
+            return taken
+        left = RECHECK if deadline is None else min(RECHECK, deadline - core.clock())
+        if left <= 0:
+            return None
+        yield core.calls.next_events(taken, ms(left))
+
+
+def start(core: Core, key: Key, job_id: str, worker: str) -> Flow[Attempt | State]:
+    """Begin the execution that an RQ job asks for; a State when its ticket is superseded."""
+    answer: Attempt | State = yield core.calls.start(
+        key, job_id, secrets.token_hex(8), worker, ms(core.settings.lease)
+    )
+    return answer
+
+
+def renew(core: Core, attempt: Attempt, progress: tuple[float, str] | None = None) -> Flow[None]:
+    """Keep the attempt. Raises LeaseLost."""
+    noted = json.dumps({"fraction": progress[0], "message": progress[1]}).encode() if progress else b""
+    yield core.calls.renew(attempt, ms(core.settings.lease), noted)
+
+
+def finish(core: Core, attempt: Attempt, value: Any, *, sticky: bool = False, ttl: float | None = None) -> Flow[None]:
+    """Store the value and wake the waiters. ``ttl`` and ``sticky`` are the route's wishes.
+
+    Raises LeaseLost, UnpackableResult, ResultTooLarge; and what an iterator of bytes raises on its way.
+    """
+    owner = str(attempt.token)
+    envelope, inline = yield from _stage(core, attempt.key, owner, value)
+    yield core.calls.complete(attempt, envelope, inline, sticky=sticky, ttl_ms=ms(ttl or 0))
+
+
+def put(core: Core, request: BatchRequest | str, value: Any) -> Flow[Key]:
+    """Store a value as the result of a request without running it."""
+    request = as_request(request)
+    identity, owner = core.identify(request), secrets.token_hex(8)
+    envelope, inline = yield from _stage(core, identity.key, owner, value)
+    yield core.calls.put(request, identity, owner, envelope, inline)
+    return identity.key
+
+
+def _stage(core: Core, key: Key, owner: str, value: Any) -> Flow[tuple[codec.Envelope, bytes | None]]:
+    """Write the pieces of a large value ahead of its commit; drop them when the value ends in an error."""
+    encoded = codec.encode(value, core.settings)
+    staged = 0
+    try:
+        for n, piece in encoded.chunks():
+            yield core.calls.stage(key, owner, n, piece)
+            staged = n + 1
+    except Exception:
+        encoded.close()
+        if staged:
+            yield core.calls.unstage(key, owner, staged)
+        raise
+    return encoded.envelope, encoded.inline
+
+
+def fail(
+    core: Core, attempt: Attempt, error: bytes, *, failure_ttl: float | None = None, negative_ttl: float | None = None
+) -> Flow[None]:
+    """End the request without a result. Raises LeaseLost."""
+    settings = core.settings
+    yield core.calls.fail(
+        attempt,
+        error,
+        failure_ttl_ms=ms(settings.failure_ttl if failure_ttl is None else failure_ttl),
+        negative_ms=ms(settings.negative_ttl if negative_ttl is None else negative_ttl),
+    )
+
+
+def retry(core: Core, attempt: Attempt, error: bytes, *, delay: float, kwargs: dict[str, Any] | None) -> Flow[None]:
+    """Run the request again after ``delay`` seconds, its claim held. Raises LeaseLost, UnpackableResult."""
+    packed = codec.pack(kwargs) if kwargs else b""
+    ticket = _ticket_again(core, attempt, delay)
+    yield core.calls.retry(attempt, ticket, delay_ms=ms(delay), kwargs=packed, error=error)
+
+
+def release(core: Core, attempt: Attempt) -> Flow[None]:
+    """Hand the attempt back; it counts for nothing and is next in line. Raises LeaseLost."""
+    request = attempt.request
+    ticket = core.jobs.enqueue_at_front(attempt.key, core.describe(request), core.queue_of(request), request.priority)
+    yield core.calls.release(attempt, ticket)
+
+
+def crash(core: Core, attempt: Attempt, error: bytes) -> Flow[str]:
+    """The process of an attempt is dead: ``requeued`` (with a delay), ``quarantined``, ``already`` or ``alive``."""
+    delay = crash_delay(attempt.crashes)
+    word: str = yield core.calls.crash(
+        attempt.key, attempt.token, _ticket_again(core, attempt, delay), delay_ms=ms(delay), error=error
+    )
+    return word
+
+
+def _ticket_again(core: Core, attempt: Attempt, delay: float) -> Ticket:
+    request = attempt.request
+    return core.jobs.schedule(attempt.key, core.describe(request), core.queue_of(request), request.priority, delay)
+
+
+def crash_delay(crashes: int) -> float:
+    """Seconds until the next attempt after ``crashes`` earlier ones."""
+    return CRASH_DELAYS[min(crashes, len(CRASH_DELAYS) - 1)]
+
+
+def sweep(core: Core, queue: str | None = None) -> Flow[int]:
+    """Find the dead of a queue and set them going again. Returns how many; safe to run anywhere, at any time."""
+    queue, healed, cursor = queue or core.settings.queue, 0, 0
+    while True:
+        swept = yield core.calls.sweep(queue, cursor)
+        calls: list[Call[str]] = [_heal_lapsed(core, found) for found in swept.lapsed]
+        calls += [core.calls.revive(found, _ticket_of(core, found, 0.0)) for found in swept.ticketless]
+        if calls:
+            words: list[str] = yield Batch(tuple(calls))
+            healed += sum(word in ("requeued", "quarantined", "revived") for word in words)
+        cursor = swept.cursor
+        if not cursor and len(swept.lapsed) == 0:
+            return healed
+
+
+def _heal_lapsed(core: Core, found: Overdue) -> Call[str]:
+    delay = crash_delay(found.crashes)
+    return core.calls.crash(
+        found.key, None, _ticket_of(core, found, delay), delay_ms=ms(delay), error=LAPSED
+    )
+
+
+def _ticket_of(core: Core, found: Overdue, delay: float) -> Ticket:
+    description = redact(found.uri, core.settings.secret_params)
+    return core.jobs.schedule(found.key, description, found.queue, found.priority, delay)
+
+
+# -- views
+
+
+def pending(core: Core, queue: str | None) -> Flow[list[BatchStatus]]:
+    """What waits in a queue, next first."""
+    index = core.keys.named("pending", queue=queue or core.settings.queue)
+    return (yield from _collect(browse(core, index)))
+
+
+def browse(core: Core, index: str, limit: int | None = None, page_size: int = 500) -> Flow[None]:
+    """Emits the records of an index in its order, page by page."""
+    offset = 0
+    while limit is None or offset < limit:
+        wanted = page_size if limit is None else min(page_size, limit - offset)
+        page: Page = yield core.calls.browse(index, offset, wanted)
+        for entry in page.entries:
+            yield Emit(entry)
+        offset += wanted
+        if offset >= page.total:
+            return
+
+
+def clear(core: Core, *, temporary_only: bool) -> Flow[int]:
+    """Forget cached results, step by step; how many."""
+    total = 0
+    while True:
+        cleared, looked_at = yield core.calls.clear(temporary_only=temporary_only)
+        total += cleared
+        if not looked_at:
+            return total
+
+
+def stats(core: Core) -> Flow[Stats]:
+    answer: Stats = yield core.calls.stats()
+    return answer
+
+
+def events(core: Core, since: str | None, timeout: float | None) -> Flow[None]:
+    """Emits transitions as they happen, oldest first, until ``timeout`` seconds pass without one (None = for ever).
+
+    ``since``: an event id to go on behind; "0" = from the oldest that is kept; None = only what comes.
+    """
+    after: str = since if since is not None else (yield core.calls.newest_event())
+    quiet_since = core.clock()
+    while True:
+        left = RECHECK if timeout is None else min(RECHECK, timeout - (core.clock() - quiet_since))
+        if left <= 0:
+            return
+        entries = yield core.calls.next_events(after, ms(left))
+        for entry_id, fields in entries:
+            after = entry_id
+            yield Emit(Event(entry_id, fields.get("verb", ""), Key(fields.get("key", "")), fields.get("state", "")))
+            quiet_since = core.clock()
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One transition. ``id`` starts with its time in Unix ms and is what ``since`` takes."""
+
+    id: str
+    verb: str
+    key: Key
+    state: str
+
+
+class Refused(ResultNotReady):
+    """The queue is at its limit; nothing was accepted. Try again later."""
+
+    def __init__(self, key: str, queue: str) -> None:
+        super().__init__(key, f"refused, queue {queue!r} is at its limit (max_pending)")
+
+

@@ -1,0 +1,44 @@
+-- complete: store the result and wake every waiter. Only the holder of the token may.
+--
+-- Life of the result: what the request says, else the route, else the manager that submitted it.
+--
+-- FLAGS allow-oom
+-- KEYS status      hash   state, token, ...
+-- ARGV prefix      str    of every key of ours
+-- ARGV key         str    the request's key
+-- ARGV token       str    fencing token given at start; the chunks are stored under it
+-- ARGV sticky      0|1    the route's wish
+-- ARGV ttl_ms      int    the route's wish; 0 = none
+-- ARGV family      str    under which the run time is learned
+-- ARGV size_bytes  int    stored size
+-- ARGV chunks      int    0 = the bytes are in the envelope
+-- ARGV envelope    bytes  field, value, ... to the end: the hash of the result
+--
+-- Returns {'stored'} | {'already'} | {'lost', state} | {'torn', missing}
+
+local status = KEYS[1]
+local key, token, sticky, ttl_ms = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
+local family, size_bytes, chunks = ARGV[6], ARGV[7], tonumber(ARGV[8])
+local envelope = {unpack(ARGV, 9)}
+
+local claim = record(key, 'state', 'token', 'sticky', 'ttl_ms', 'fallback_ttl_ms', 'started_ms', 'queue', 'slot',
+  'est_ms', 'done_token')
+
+if claim.state == 'completed' and claim.done_token == token then return {'already'} end
+if claim.state ~= 'in_progress' or claim.token ~= token then return {'lost', claim.state or 'unknown'} end
+local missing = chunks_missing(key, token, chunks)
+if missing > 0 then return {'torn', missing} end
+
+local asked_ms = tonumber(claim.ttl_ms) or 0
+local keep = claim.sticky == '1' or (sticky == '1' and asked_ms == 0)
+local life_ms = asked_ms
+if life_ms == 0 then life_ms = ttl_ms end
+if life_ms == 0 then life_ms = tonumber(claim.fallback_ttl_ms) end
+
+land(key, claim)
+redis.call('HSET', status, 'done_token', token)
+commit(key, token, keep, life_ms, size_bytes, envelope)
+learn(family, now_ms - tonumber(claim.started_ms))
+count('executions', 'completed')
+event('complete', key, 'completed')
+return {'stored'}

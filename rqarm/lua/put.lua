@@ -1,0 +1,38 @@
+-- put: store a result without an execution, whatever the request's state is. An attempt that runs loses its claim.
+--
+-- KEYS status      hash   state, uri, ...
+-- ARGV prefix      str    of every key of ours
+-- ARGV key         str    the request's key
+-- ARGV uri         str    identity: what the key is the hash of
+-- ARGV request     bytes  packed request
+-- ARGV owner       str    made by the caller; the chunks are stored under it
+-- ARGV queue       str    logical queue of the request
+-- ARGV sticky      0|1    keep the result without TTL
+-- ARGV ttl_ms      int    life of the result
+-- ARGV size_bytes  int    stored size
+-- ARGV chunks      int    0 = the bytes are in the envelope
+-- ARGV envelope    bytes  field, value, ... to the end: the hash of the result
+--
+-- Returns {'stored'} | {'conflict', uri} | {'torn', missing}
+
+local status = KEYS[1]
+local key, uri, request, owner, queue = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local sticky, ttl_ms, size_bytes, chunks = ARGV[7], tonumber(ARGV[8]), ARGV[9], tonumber(ARGV[10])
+local envelope = {unpack(ARGV, 11)}
+
+local claim = record(key, 'state', 'uri', 'queue', 'slot', 'est_ms', 'sticky', 'ttl_ms')
+
+if claim.state and claim.uri ~= uri then return {'conflict', claim.uri} end
+local missing = chunks_missing(key, owner, chunks)
+if missing > 0 then return {'torn', missing} end
+
+redis.call('HSET', status, 'uri', uri, 'request', request)
+if claim.state then
+  land(key, claim)
+else
+  redis.call('HSET', status, 'queue', queue, 'priority', '1', 'submitted_ms', int(now_ms), 'ttl_ms', int(ttl_ms))
+end
+redis.call('ZREM', quarantine_name(), key)
+commit(key, owner, sticky == '1', ttl_ms, size_bytes, envelope)
+event('put', key, 'completed')
+return {'stored'}

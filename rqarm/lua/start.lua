@@ -1,0 +1,45 @@
+-- start: one delivery ticket becomes one execution, with a fencing token of its own.
+--
+-- A ticket that is not the claim's current one is superseded: duplicates and old deliveries are harmless. The ticket
+-- of a failed request starts it anew: that is what `rq requeue` means.
+--
+-- FLAGS allow-oom
+-- KEYS status    hash   state, job_id, ...
+-- ARGV prefix    str    of every key of ours
+-- ARGV key       str    the request's key
+-- ARGV job_id    str    the delivery ticket
+-- ARGV exec      str    made by the caller; the same one again gets the same token
+-- ARGV worker    str    name of the worker
+-- ARGV lease_ms  int    how long a silent worker keeps it
+--
+-- Returns {'started', token, attempt, request, kwargs, retries, crashes} | {'superseded', state} | {'unknown'}
+
+local status = KEYS[1]
+local key, job_id, exec, worker, lease_ms = ARGV[2], ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6])
+
+local claim = record(key, 'state', 'job_id', 'exec', 'token', 'queue', 'slot', 'est_ms', 'ticket', 'priority')
+local state = claim.state
+
+local function revoke_failure()
+  redis.call('HDEL', status, 'error', 'quarantined', 'negative_until', 'crashes', 'retries')
+  redis.call('ZREM', quarantine_name(), key)
+end
+
+local outcome
+if not state then
+  outcome = 'unknown'
+elseif state == 'in_progress' and claim.exec == exec then
+  outcome = 'started'
+elseif state == 'pending' and claim.job_id == job_id then
+  begin(key, claim, job_id, exec, worker, lease_ms)
+  outcome = 'started'
+elseif state == 'failed' and claim.job_id == job_id then
+  revoke_failure()
+  begin(key, claim, job_id, exec, worker, lease_ms)
+  outcome = 'started'
+else
+  outcome = 'superseded'
+end
+
+if outcome ~= 'started' then return {outcome, state} end
+return {outcome, attempt(key)}

@@ -1,0 +1,159 @@
+-- submit: answer a request from the cache, join it to the claim in flight, or claim it and queue it for RQ.
+--
+-- No allow-oom here: when memory is out a new claim is refused at its first write, with nothing written; a hit and a
+-- plain join write nothing that matters and are still answered.
+--
+-- KEYS status           hash   state, uri, job_id, ...
+-- ARGV prefix           str    of every key of ours
+-- ARGV key              str    the request's key
+-- ARGV uri              str    identity: what the key is the hash of
+-- ARGV request          bytes  packed request
+-- ARGV job_id           str    made by the caller; sending the same one again answers the same
+-- ARGV commands         bytes  RQ's own commands that queue this job
+-- ARGV job_prefix       str    of RQ's job hashes
+-- ARGV queue            str    logical queue
+-- ARGV priority         int    0 high, 1 default, 2 low
+-- ARGV sticky           0|1    keep the result without TTL
+-- ARGV ttl_ms           int    0 = the request does not say
+-- ARGV fallback_ttl_ms  int    the manager's TTL, when neither request nor route says
+-- ARGV est_ms           int    0 = the request does not say: learned
+-- ARGV family           str    under which run times are learned
+-- ARGV payload_id       str    '' = no payload
+-- ARGV payload          bytes  kept for the callback
+-- ARGV max_pending      int    0 = no limit
+-- ARGV max_attempts     int    crashes after which a request is set aside
+-- ARGV again            0|1    run again whatever is cached
+-- ARGV crash_error      bytes  stored when the last allowed worker has crashed
+--
+-- Returns {'new', record} | {'joined', record} | {'hit', record, result} | {'negative', record} | {'refused', record,
+-- pending} | {'conflict', uri} | {'corrupt', state}
+-- Returns also: result is the flat hash with owner and bytes.
+
+local status = KEYS[1]
+local key, uri, request = ARGV[2], ARGV[3], ARGV[4]
+local job_id, commands, job_prefix = ARGV[5], ARGV[6], ARGV[7]
+local queue, priority = ARGV[8], tonumber(ARGV[9])
+local sticky, ttl_ms, fallback_ttl_ms = ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[12])
+local est_ms, family = tonumber(ARGV[13]), ARGV[14]
+local payload_id, payload = ARGV[15], ARGV[16]
+local max_pending, max_attempts = tonumber(ARGV[17]), tonumber(ARGV[18])
+local again, crash_error = ARGV[19], ARGV[20]
+
+-- RQ's states in which a job will still be delivered.
+local DELIVERED = {queued = true, scheduled = true, deferred = true, started = true}
+
+local claim = record(key, 'state', 'uri', 'job_id', 'sticky', 'ttl_ms', 'fallback_ttl_ms', 'ended_ms', 'queue',
+  'priority', 'ticket', 'slot', 'est_ms', 'lease_until', 'crashes', 'negative_until', 'quarantined', 'due_ms')
+local state = claim.state
+
+local function keep_payload()
+  if payload_id ~= '' then redis.call('HSETNX', callbacks_name(key), payload_id, payload) end
+end
+
+-- Order-free: sticky = or, TTL = max, payloads = union. A weaker joiner changes nothing.
+local function merge()
+  local changes = {}
+  local function raise(field, value)
+    if value > (tonumber(claim[field]) or 0) then
+      changes[#changes + 1] = field
+      changes[#changes + 1] = int(value)
+    end
+  end
+  raise('sticky', tonumber(sticky))
+  raise('ttl_ms', ttl_ms)
+  raise('fallback_ttl_ms', fallback_ttl_ms)
+  if #changes > 0 then redis.call('HSET', status, unpack(changes)) end
+  keep_payload()
+end
+
+-- A hit upgrades a temporary result: sticky for good, or to a later end, never to an earlier one.
+local function upgrade()
+  local until_ms = redis.call('PEXPIRETIME', status)
+  if until_ms >= 0 then
+    local wanted_ms = tonumber(claim.ended_ms) + ttl_ms
+    if sticky == '1' then
+      redis.call('HSET', status, 'sticky', '1')
+      set_deadline(key, nil)
+    elseif ttl_ms > 0 and wanted_ms > until_ms then
+      redis.call('HSET', status, 'ttl_ms', int(ttl_ms))
+      set_deadline(key, wanted_ms)
+    end
+  end
+end
+
+-- The queued job moves up: my ticket goes on the better queue, the old one will find itself superseded.
+local function move_up()
+  leave_line(key, claim)
+  claim.slot = nil
+  claim.priority = priority
+  redis.call('HSET', status, 'priority', int(priority))
+  requeue(key, claim, job_id, commands)
+end
+
+local function claim_it()
+  redis.call('SET', lock_name(key), job_id)
+  local stored = redis.call('EXISTS', result_name(key))
+  if stored == 1 then drop_result(key) end
+  redis.call('DEL', status)
+  redis.call('PERSIST', callbacks_name(key))
+  redis.call('ZREM', quarantine_name(), key)
+  if est_ms == 0 then
+    local learned = redis.call('HMGET', stats_name('runtime'), family, '*')
+    est_ms = tonumber(learned[1] or nil) or tonumber(learned[2] or nil) or 0
+  end
+  local ticket = next_seq()
+  local slot = line_up(key, queue, priority, ticket, est_ms)
+  redis.call('SADD', queues_name(), queue)
+  redis.call('HSET', status, 'state', 'pending', 'uri', uri, 'request', request, 'job_id', job_id, 'queue', queue,
+    'priority', int(priority), 'sticky', sticky, 'ttl_ms', int(ttl_ms), 'fallback_ttl_ms', int(fallback_ttl_ms),
+    'est_ms', int(est_ms), 'ticket', int(ticket), 'slot', slot, 'submitted_ms', int(now_ms), 'pushed_ms', int(now_ms))
+  keep_payload()
+  replay(commands)
+  event('submit', key, 'pending')
+end
+
+local outcome, extra
+if state and claim.uri ~= uri then
+  outcome, extra = 'conflict', claim.uri
+elseif state == 'completed' and again == '0' and redis.call('EXISTS', result_name(key)) == 1 then
+  upgrade()
+  outcome, extra = 'hit', redis.call('HGETALL', result_name(key))
+elseif state == 'pending' or state == 'in_progress' then
+  local strikes = tonumber(claim.crashes) or 0
+  if claim.job_id == job_id then
+    outcome = 'new'
+  elseif state == 'pending' and not DELIVERED[redis.call('HGET', job_prefix .. claim.job_id, 'status') or ''] then
+    merge()
+    requeue(key, claim, job_id, commands)
+    event('revive', key, 'pending')
+    outcome = 'new'
+  elseif state == 'in_progress' and tonumber(claim.lease_until) <= now_ms and strikes + 1 >= max_attempts then
+    keep_payload()
+    set_aside(key, claim, crash_error)
+    event('crash', key, 'failed')
+    outcome = 'negative'
+  elseif state == 'in_progress' and tonumber(claim.lease_until) <= now_ms then
+    redis.call('HINCRBY', status, 'crashes', 1)
+    merge()
+    requeue(key, claim, job_id, commands)
+    event('crash', key, 'pending')
+    outcome = 'new'
+  else
+    merge()
+    if state == 'pending' and priority < tonumber(claim.priority) then move_up() end
+    outcome = 'joined'
+  end
+elseif again == '0' and state == 'failed' and (claim.quarantined or tonumber(claim.negative_until or 0) > now_ms) then
+  outcome = 'negative'
+elseif state and state ~= 'completed' and state ~= 'failed' and state ~= 'cancelled' then
+  outcome, extra = 'corrupt', state
+elseif max_pending > 0 and redis.call('ZCARD', pending_name(queue)) >= max_pending then
+  outcome, extra = 'refused', redis.call('ZCARD', pending_name(queue))
+else
+  claim_it()
+  outcome = 'new'
+end
+
+count('submissions', outcome)
+if outcome == 'conflict' or outcome == 'corrupt' then return {outcome, extra} end
+return {outcome, answer_fields(key), extra}

@@ -1,0 +1,109 @@
+-- sweep: find what died without a word, in one bounded step; tidy the indexes. The finder then calls crash or revive
+-- for each, which look again: two sweeps at once, or one that is killed, do no harm.
+--
+-- A ticket counts as lost when it is not in RQ's list although its request has waited for over a lease. The first
+-- `limit` in line are checked every time; the rest only while the list is shorter than the line. Behind the first
+-- thousand entries of a list that is not empty nobody looks: their turn comes when the list is that short.
+--
+-- FLAGS allow-oom
+-- KEYS leases      zset   key by deadline
+-- ARGV prefix      str    of every key of ours
+-- ARGV queue       str    logical queue whose line is checked
+-- ARGV cursor      int    where to go on in line; 0 = from the front, with leases and indexes
+-- ARGV limit       int    requests of one step
+-- ARGV lease_ms    int    patience
+-- ARGV job_prefix  str    of RQ's job hashes
+-- ARGV keep        int    quarantined requests kept at the most
+-- ARGV lists       str    RQ's lists: high, default, low, to the end
+--
+-- Returns {'swept', lapsed, ticketless, cursor}
+-- Returns also: lapsed key, uri, queue, priority, crashes, ...; ticketless key, uri, queue, priority, job_id, ...;
+-- cursor 0 = done.
+
+local leases = KEYS[1]
+local queue, cursor, limit, lease_ms = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local job_prefix, keep, lists = ARGV[6], tonumber(ARGV[7]), {unpack(ARGV, 8)}
+
+local LOOKED_AT = 1000
+local WAITING = {queued = true, deferred = true, started = true}
+
+local lapsed, ticketless = {}, {}
+
+local function report(list, key, fields, last)
+  for _, value in ipairs({key, fields.uri or '', fields.queue or queue, fields.priority or '1', last}) do
+    list[#list + 1] = value
+  end
+end
+
+-- A deadline further away than two leases is clock damage: from now on it is one lease away.
+local function clamp(key, fields)
+  local one = tonumber(fields.lease_ms) or lease_ms
+  if tonumber(fields.lease_until) > now_ms + 2 * one then
+    redis.call('HSET', status_name(key), 'lease_until', int(now_ms + one))
+    redis.call('ZADD', leases, int(now_ms + one), key)
+    count('sweeps', 'clamped')
+  end
+end
+
+local function check_lease(key)
+  local claim = record(key, 'state', 'uri', 'queue', 'priority', 'crashes', 'lease_until', 'lease_ms')
+  if claim.state ~= 'in_progress' then
+    redis.call('ZREM', leases, key)
+  elseif tonumber(claim.lease_until) < now_ms then
+    report(lapsed, key, claim, claim.crashes or '0')
+  else
+    clamp(key, claim)
+  end
+end
+
+local lengths = {}
+for rank, list in ipairs(lists) do lengths[rank] = redis.call('LLEN', list) end
+
+local function has_ticket(claim)
+  local rank = tonumber(claim.priority) + 1
+  local delivery = redis.call('HGET', job_prefix .. claim.job_id, 'status')
+  if delivery == 'scheduled' then return tonumber(claim.due_ms or 0) > now_ms - lease_ms end
+  if not WAITING[delivery or ''] then return false end
+  if lengths[rank] == 0 then return false end
+  if lengths[rank] > LOOKED_AT and cursor > 0 then return true end
+  return redis.call('LPOS', lists[rank], claim.job_id, 'MAXLEN', LOOKED_AT) or lengths[rank] > LOOKED_AT
+end
+
+local function check_line(key)
+  local claim = record(key, 'state', 'uri', 'queue', 'priority', 'job_id', 'pushed_ms', 'due_ms')
+  if claim.state ~= 'pending' then
+    redis.call('ZREM', pending_name(queue), key)
+  elseif tonumber(claim.pushed_ms) < now_ms - lease_ms and not has_ticket(claim) then
+    report(ticketless, key, claim, claim.job_id)
+  end
+end
+
+local function tidy()
+  for _, key in ipairs(redis.call('ZRANGEBYSCORE', results_name(), '-inf', int(now_ms), 'LIMIT', 0, limit)) do
+    if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key) end
+  end
+  local surplus = redis.call('ZCARD', quarantine_name()) - keep
+  if surplus > 0 then
+    for _, key in ipairs(redis.call('ZRANGE', quarantine_name(), 0, math.min(surplus, limit) - 1)) do
+      redis.call('UNLINK', status_name(key), callbacks_name(key))
+      redis.call('ZREM', quarantine_name(), key)
+    end
+  end
+end
+
+if cursor == 0 then
+  for _, key in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', int(now_ms), 'LIMIT', 0, limit)) do
+    check_lease(key)
+  end
+  local far = '(' .. int(now_ms + 2 * lease_ms)
+  for _, key in ipairs(redis.call('ZRANGEBYSCORE', leases, far, '+inf', 'LIMIT', 0, limit)) do check_lease(key) end
+  tidy()
+end
+
+local line = redis.call('ZRANGE', pending_name(queue), cursor, cursor + limit - 1)
+for _, key in ipairs(line) do check_line(key) end
+
+local waiting = 0
+for _, length in ipairs(lengths) do waiting = waiting + length end
+local more = #line == limit and waiting < redis.call('ZCARD', pending_name(queue))
+return {'swept', lapsed, ticketless, more and cursor + limit or 0}

@@ -1,0 +1,187 @@
+"""The pull interface: ``rm.queues``. For programs that fetch their own work instead of being run by an RQ worker."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from typing import Any
+
+from rqarm import codec, flows
+from rqarm.calls import Attempt
+from rqarm.flows import Core
+from rqarm.model import Key, Token
+from rqarm.request import BatchRequest
+from rqarm.shell import AsyncShell, Shell, same_docs
+
+
+class Lease:
+    """One execution that is yours until you end it or fall silent for longer than the lease.
+
+    As a context manager it fails the request when the block raises, and releases it when the block ends without a word.
+    """
+
+    def __init__(self, core: Core, shell: Shell, attempt: Attempt) -> None:
+        self._core, self._shell, self._attempt = core, shell, attempt
+        self._is_ended = False
+
+    @property
+    def request(self) -> BatchRequest:
+        return self._attempt.request
+
+    @property
+    def key(self) -> Key:
+        return self._attempt.key
+
+    @property
+    def token(self) -> Token:
+        """The fencing token of this attempt; it rises from attempt to attempt."""
+        return self._attempt.token
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments that a retry changed."""
+        return self._attempt.kwargs
+
+    @property
+    def attempt(self) -> int:
+        """1 for the first."""
+        return self._attempt.number
+
+    def renew(self, fraction: float | None = None, message: str = "") -> None:
+        """Keep the lease for another period; with a fraction (0 to 1), note the progress. Raises LeaseLost."""
+        progress = None if fraction is None else (fraction, message)
+        self._shell.run(flows.renew(self._core, self._attempt, progress))
+
+    def finish(self, value: Any, *, ttl: float | None = None, sticky: bool = False) -> None:
+        """Store the result and wake the waiters. ``ttl`` in seconds counts when the request does not say.
+
+        Raises LeaseLost; UnpackableResult and ResultTooLarge leave the lease as it is.
+        """
+        self._shell.run(flows.finish(self._core, self._attempt, value, sticky=sticky, ttl=ttl))
+        self._is_ended = True
+
+    def fail(self, error: BaseException | str, *, negative_ttl: float | None = None) -> None:
+        """End the request without a result; for ``negative_ttl`` seconds the error answers it. Raises LeaseLost."""
+        packed = codec.pack_error("Failed", error, "") if isinstance(error, str) else codec.pack_error(error)
+        self._shell.run(flows.fail(self._core, self._attempt, packed, negative_ttl=negative_ttl))
+        self._is_ended = True
+
+    def retry(self, error: BaseException | str, *, delay: float = 0.0, **kwargs: Any) -> None:
+        """Run the request again after ``delay`` seconds, with changed ``kwargs``. Raises LeaseLost."""
+        packed = codec.pack_error("Retry", error, "") if isinstance(error, str) else codec.pack_error(error)
+        self._shell.run(flows.retry(self._core, self._attempt, packed, delay=delay, kwargs=kwargs or None))
+        self._is_ended = True
+
+    def release(self) -> None:
+        """Hand it back unharmed: it is next in line and the attempt does not count. Raises LeaseLost."""
+        self._shell.run(flows.release(self._core, self._attempt))
+        self._is_ended = True
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if self._is_ended:
+            return
+        if isinstance(error, Exception):
+            self.fail(error)
+        else:
+            self.release()
+
+
+class Queues:
+    """Fetch work, one request at a time."""
+
+    def __init__(self, core: Core, shell: Shell) -> None:
+        self._core, self._shell = core, shell
+
+    def next_request(self, timeout: float | None = 0, *, queue: str | None = None) -> Lease | None:
+        """The next request of the queue, started, or None after ``timeout`` seconds (None = wait for ever).
+
+        Whoever holds the lease must end or renew it within the lease time (15 s by default), else another gets it.
+        """
+        attempt = self._shell.run(flows.take(self._core, queue, taker(), timeout))
+        return None if attempt is None else Lease(self._core, self._shell, attempt)
+
+    def sweep(self, queue: str | None = None) -> int:
+        """Set going again what died in this queue without a word; how many. Workers do it by themselves."""
+        return self._shell.run(flows.sweep(self._core, queue))
+
+
+def taker() -> str:
+    """The name under which this thread takes work."""
+    return f"{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}"
+
+
+@same_docs(Lease)
+class AsyncLease:
+    def __init__(self, core: Core, shell: AsyncShell, attempt: Attempt) -> None:
+        self._core, self._shell, self._attempt = core, shell, attempt
+        self._is_ended = False
+
+    @property
+    def request(self) -> BatchRequest:
+        return self._attempt.request
+
+    @property
+    def key(self) -> Key:
+        return self._attempt.key
+
+    @property
+    def token(self) -> Token:
+        return self._attempt.token
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return self._attempt.kwargs
+
+    @property
+    def attempt(self) -> int:
+        return self._attempt.number
+
+    async def renew(self, fraction: float | None = None, message: str = "") -> None:
+        progress = None if fraction is None else (fraction, message)
+        await self._shell.run(flows.renew(self._core, self._attempt, progress))
+
+    async def finish(self, value: Any, *, ttl: float | None = None, sticky: bool = False) -> None:
+        await self._shell.run(flows.finish(self._core, self._attempt, value, sticky=sticky, ttl=ttl))
+        self._is_ended = True
+
+    async def fail(self, error: BaseException | str, *, negative_ttl: float | None = None) -> None:
+        packed = codec.pack_error("Failed", error, "") if isinstance(error, str) else codec.pack_error(error)
+        await self._shell.run(flows.fail(self._core, self._attempt, packed, negative_ttl=negative_ttl))
+        self._is_ended = True
+
+    async def retry(self, error: BaseException | str, *, delay: float = 0.0, **kwargs: Any) -> None:
+        packed = codec.pack_error("Retry", error, "") if isinstance(error, str) else codec.pack_error(error)
+        await self._shell.run(flows.retry(self._core, self._attempt, packed, delay=delay, kwargs=kwargs or None))
+        self._is_ended = True
+
+    async def release(self) -> None:
+        await self._shell.run(flows.release(self._core, self._attempt))
+        self._is_ended = True
+
+    async def __aenter__(self) -> AsyncLease:
+        return self
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if self._is_ended:
+            return
+        if isinstance(error, Exception):
+            await self.fail(error)
+        else:
+            await self.release()
+
+
+@same_docs(Queues)
+class AsyncQueues:
+    def __init__(self, core: Core, shell: AsyncShell) -> None:
+        self._core, self._shell = core, shell
+
+    async def next_request(self, timeout: float | None = 0, *, queue: str | None = None) -> AsyncLease | None:
+        attempt = await self._shell.run(flows.take(self._core, queue, taker(), timeout))
+        return None if attempt is None else AsyncLease(self._core, self._shell, attempt)
+
+    async def sweep(self, queue: str | None = None) -> int:
+        return await self._shell.run(flows.sweep(self._core, queue))

@@ -1,0 +1,171 @@
+"""The only knowledge of RQ's job format.
+
+RQ's own code writes the job, against a pipeline that is never executed; the commands it recorded go to a transition
+script, which replays them only if the claim wins. So nothing here says how RQ stores a job, except which values of the
+recording differ from job to job. A contract test compares the keys with those of ``Queue.enqueue_job``.
+"""
+
+from __future__ import annotations
+
+import secrets
+import zlib
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from redis import Redis
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from rq.worker_registration import WORKERS_BY_QUEUE_KEY
+
+from rqarm.calls import Ticket
+from rqarm.config import Settings
+from rqarm.errors import RqarmError
+from rqarm.model import Key, Priority
+
+#: the function that runs a request; its arguments are the namespace and the key
+PERFORM = "rqarm.worker.perform"
+#: seconds that RQ keeps its own record of a job that went well; ours says the rest
+RESULT_TTL = 60
+#: seconds beyond our own time limit after which RQ stops the job, should ours have failed to
+GRACE = 30
+#: longest description, in characters: it stands in every job and every log line of RQ
+DESCRIPTION_LENGTH = 200
+#: RQ's queue of each priority, as a suffix of ours
+SUFFIXES = {Priority.HIGH: "-high", Priority.DEFAULT: "", Priority.LOW: "-low"}
+
+_ID, _DESCRIPTION = "recorded-00000000", "recorded description"
+_EXPECTED = {"enqueue": ["SADD", "HSET", "HSET", "RPUSH"], "front": ["SADD", "HSET", "HSET", "LPUSH"],
+             "schedule": ["SADD", "HSET", "HSET", "ZADD"]}
+
+
+def queue_names(queue: str) -> tuple[str, str, str]:
+    """RQ's queues of one of ours, in the order in which a worker must listen: high, default, low."""
+    high, default, low = (queue + suffix for suffix in SUFFIXES.values())
+    return high, default, low
+
+
+class RqJobs:
+    """RQ jobs as recorded commands, for one namespace."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.job_prefix: str = Job.redis_job_namespace_prefix
+        self._templates: dict[tuple[str, str], _Template] = {}
+
+    def lists(self, queue: str) -> tuple[str, str, str]:
+        """The names of RQ's lists of the queue, by priority."""
+        high, default, low = (Queue.redis_queue_namespace_prefix + name for name in queue_names(queue))
+        return high, default, low
+
+    def worker_sets(self, queue: str) -> tuple[str, str, str]:
+        """The names of RQ's sets of the workers that listen, by priority."""
+        high, default, low = (WORKERS_BY_QUEUE_KEY % name for name in queue_names(queue))
+        return high, default, low
+
+    def enqueue(self, key: Key, description: str, queue: str, priority: Priority) -> Ticket:
+        """A job at the end of the queue."""
+        return self._ticket("enqueue", key, description, queue, priority)
+
+    def enqueue_at_front(self, key: Key, description: str, queue: str, priority: Priority) -> Ticket:
+        """A job that is next: for an attempt that was handed back."""
+        return self._ticket("front", key, description, queue, priority)
+
+    def schedule(self, key: Key, description: str, queue: str, priority: Priority, delay: float) -> Ticket:
+        """A job that RQ's scheduler queues after ``delay`` seconds. 0 = at once, without the scheduler."""
+        if delay <= 0:
+            return self.enqueue(key, description, queue, priority)
+        return self._ticket("schedule", key, description, queue, priority, delay)
+
+    def _ticket(
+        self, how: str, key: Key, description: str, queue: str, priority: Priority, delay: float = 0.0
+    ) -> Ticket:
+        name = queue + SUFFIXES[priority]
+        template = self._templates.get((how, name))
+        if template is None:
+            template = self._templates[how, name] = _Template(how, self._record(how, name), self.settings.namespace)
+        return template.fill(key, description, delay)
+
+    def _record(self, how: str, name: str) -> list[list[bytes]]:
+        connection = Redis()  # never connected: RQ asks it only for a pipeline and a version
+        queue = Queue(name, connection=connection, serializer=JSONSerializer)
+        queue.redis_server_version = (7, 0, 0)
+        pipeline = connection.pipeline()
+        job = queue.create_job(
+            PERFORM,
+            args=(self.settings.namespace, _ID),
+            job_id=_ID,
+            description=_DESCRIPTION,
+            timeout=int(self.settings.timeout) + GRACE,
+            result_ttl=RESULT_TTL,
+            failure_ttl=int(self.settings.failure_ttl),
+        )
+        if how == "schedule":
+            queue.schedule_job(job, datetime.now(UTC) + timedelta(hours=1), pipeline=pipeline)
+        else:
+            queue.enqueue_job(job, pipeline=pipeline, at_front=how == "front")
+        encode = connection.get_encoder().encode
+        commands = [[_bytes(encode, argument) for argument in command[0]] for command in pipeline.command_stack]
+        verbs = [command[0].decode() for command in commands]
+        if verbs != _EXPECTED[how]:
+            raise RqarmError(
+                f"this release of RQ queues a job with {verbs}, not with {_EXPECTED[how]}: install a release of rq "
+                "that pyproject.toml admits"
+            )
+        return commands
+
+
+class _Template:
+    """Recorded commands with the places of what differs from job to job."""
+
+    def __init__(self, how: str, commands: list[list[bytes]], namespace: str) -> None:
+        self._namespace = namespace
+        pieces: list[bytes | str] = [b"%d:" % len(commands)]
+        for command in commands:
+            pieces.append(b"%d:" % len(command))
+            field = b""
+            for position, argument in enumerate(command):
+                pieces.append(self._place(how, command[0], position, field, argument))
+                field = argument
+        self._pieces = pieces
+
+    @staticmethod
+    def _place(how: str, verb: bytes, position: int, field: bytes, argument: bytes) -> bytes | str:
+        """The encoded argument, or the name of the value that stands in its place."""
+        if argument == _ID.encode():
+            return "id"
+        if argument == Job.redis_job_namespace_prefix.encode() + _ID.encode():
+            return "job"
+        if argument == _DESCRIPTION.encode():
+            return "description"
+        if verb == b"HSET" and field == b"data":
+            return "data"
+        if verb == b"HSET" and field in (b"created_at", b"enqueued_at") and argument:
+            return "now"
+        if verb == b"ZADD" and position == 2:
+            return "due"
+        return _net(argument)
+
+    def fill(self, key: Key, description: str, delay: float) -> Ticket:
+        """The ticket of one job; its id is the key and eight random hex digits."""
+        job_id = f"{key}-{secrets.token_hex(4)}"
+        now = datetime.now(UTC)
+        packed = JSONSerializer.dumps([PERFORM, None, [self._namespace, key], {}])
+        values = {
+            "id": _net(job_id.encode()),
+            "job": _net(f"{Job.redis_job_namespace_prefix}{job_id}".encode()),
+            "description": _net(description[:DESCRIPTION_LENGTH].encode("utf-8", "replace")),
+            # RQ compresses what is shorter than the header of its compression; level 0 is a tenth of the time
+            "data": _net(zlib.compress(packed, 0)),
+            "now": _net(now.strftime("%Y-%m-%dT%H:%M:%S.%fZ").encode()),
+            "due": _net(b"%d" % (now.timestamp() + delay + 0.999)),
+        }
+        return Ticket(job_id, b"".join([values[p] if isinstance(p, str) else p for p in self._pieces]))
+
+
+def _net(argument: bytes) -> bytes:
+    return b"%d:%s" % (len(argument), argument)
+
+
+def _bytes(encode: Any, argument: Any) -> bytes:
+    return bytes(encode(argument.value if hasattr(argument, "value") else argument))

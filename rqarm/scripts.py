@@ -1,0 +1,70 @@
+"""Load and describe lua/*.lua.
+
+A script on the wire is: shebang where its header asks for flags, the names of rqarm.keys, the prelude, the file. The
+header is data: KEYS, ARGV and Returns are read here, and a test holds them against the ``local`` names below it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+from rqarm.keys import lua_names
+
+_ENTRY = re.compile(r"^-- (KEYS|ARGV) +(\S+) +(\S+) *(.*)$")
+_OUTCOME = re.compile(r"\{'([a-z_]+)'")
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """One transition. ``text`` and ``sha`` are for a server that knows flags, ``plain_*`` for fakeredis."""
+
+    name: str
+    keys: tuple[str, ...]
+    argv: tuple[str, ...]
+    outcomes: frozenset[str]
+    text: str
+    sha: str
+    plain_text: str
+    plain_sha: str
+
+
+@cache
+def script(name: str) -> Script:
+    """The script of this verb. Raises FileNotFoundError for a verb that does not exist."""
+    body = _read(name)
+    header = body.split("\n\n", 1)[0].splitlines()
+    entries = [match.groups() for line in header if (match := _ENTRY.match(line))]
+    flags = [line.removeprefix("-- FLAGS ").strip() for line in header if line.startswith("-- FLAGS ")]
+    returns = " ".join(line for line in header if "{'" in line)
+    plain = lua_names() + _read("prelude") + body
+    text = f"#!lua flags={flags[0]}\n{plain}" if flags else plain
+    return Script(
+        name=name,
+        keys=tuple(entry[1] for entry in entries if entry[0] == "KEYS"),
+        argv=tuple(entry[1] for entry in entries if entry[0] == "ARGV"),
+        outcomes=frozenset(_OUTCOME.findall(returns)),
+        text=text,
+        sha=_sha(text),
+        plain_text=plain,
+        plain_sha=_sha(plain),
+    )
+
+
+@cache
+def all_scripts() -> tuple[Script, ...]:
+    """Every transition, by name."""
+    files = resources.files("rqarm.lua").iterdir()
+    names = sorted(file.name.removesuffix(".lua") for file in files if file.name.endswith(".lua"))
+    return tuple(script(name) for name in names if name != "prelude")
+
+
+def _read(name: str) -> str:
+    return resources.files("rqarm.lua").joinpath(f"{name}.lua").read_text("utf-8")
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
