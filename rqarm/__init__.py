@@ -1,1 +1,68 @@
-"""rqarm."""
+"""rqarm: a Redis-native work queue with a result cache. Slow requests run once, everybody gets the answer.
+
+Importing it does nothing: no connection, no thread, no file. Start with ``RequestManager`` and ``Handlers``.
+"""
+
+from rqarm.aio import AsyncRequestManager
+from rqarm.codec import Result
+from rqarm.context import Context
+from rqarm.errors import (
+    ConfigError,
+    CorruptResult,
+    ForeignData,
+    InvalidRequest,
+    KeyConflict,
+    LeaseLost,
+    NoHandler,
+    Quarantined,
+    RequestCancelled,
+    RequestFailed,
+    RequestLost,
+    RequestUnknown,
+    ResultNotReady,
+    ResultTooLarge,
+    RqarmError,
+    ServerUnsuitable,
+    UnpackableResult,
+    VersionSkew,
+    WaitTimeout,
+)
+from rqarm.handlers import Handlers, Retry
+from rqarm.manager import RequestManager
+from rqarm.model import BatchStatus, Outcome, Priority, State
+from rqarm.request import BatchRequest
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncRequestManager",
+    "BatchRequest",
+    "BatchStatus",
+    "ConfigError",
+    "Context",
+    "CorruptResult",
+    "ForeignData",
+    "Handlers",
+    "InvalidRequest",
+    "KeyConflict",
+    "LeaseLost",
+    "NoHandler",
+    "Outcome",
+    "Priority",
+    "Quarantined",
+    "RequestCancelled",
+    "RequestFailed",
+    "RequestLost",
+    "RequestManager",
+    "RequestUnknown",
+    "Result",
+    "ResultNotReady",
+    "ResultTooLarge",
+    "Retry",
+    "RqarmError",
+    "ServerUnsuitable",
+    "State",
+    "UnpackableResult",
+    "VersionSkew",
+    "WaitTimeout",
+]

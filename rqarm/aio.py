@@ -16,7 +16,7 @@ from rqarm.model import BatchStatus
 from rqarm.queue import AsyncQueues
 from rqarm.request import BatchRequest
 from rqarm.rqjobs import RqJobs
-from rqarm.shell import AsyncShell, same_docs
+from rqarm.shell import GIVEN, AsyncShell, same_docs
 from rqarm.views import Explanation, explain
 
 
@@ -24,11 +24,9 @@ from rqarm.views import Explanation, explain
 class AsyncRequestManager:
     def __init__(self, url: str | None = None, *, connection: redis.asyncio.Redis | None = None, **settings: Any) -> None:
         self.settings = Settings.load(url=url, **settings)
-        owns = connection is None
-        where = connect.default_url(self.settings) if connection is None else "the given connection"
-        client = connect.open_async_client(where) if connection is None else connection
+        where = connect.default_url(self.settings) if connection is None else GIVEN
         self.core = Core(self.settings, RqJobs(self.settings))
-        self.shell = AsyncShell(client, self.core.keys, self.settings, where, owns=owns)
+        self.shell = AsyncShell(self.core.keys, self.settings, where, connection)
         self.cache = AsyncCache(self.core, self.shell)
         self.queues = AsyncQueues(self.core, self.shell)
 

@@ -198,7 +198,6 @@ class Calls:
             settings.max_pending,
             settings.max_attempts,
             int(again),
-            LAPSED,
         )
 
         def parse(reply: Any) -> Found:
@@ -219,7 +218,7 @@ class Calls:
             word, *rest = _words("read", reply)
             if word == "unknown":
                 return Found(BatchStatus(key, State.UNKNOWN), None)
-            return Found(_status(key, rest[0]), _stored(key, rest[1]) if rest[1] else None)
+            return Found(_status(key, rest[0]), _stored(key, rest[1]))
 
         return self._call("read", key, (int(with_value),), parse)
 
@@ -372,6 +371,11 @@ class Calls:
         argv = (queue, cursor, STEP, lease_ms, self.delivery.job_prefix, QUARANTINE_KEPT, *lists)
         return self._index_call("sweep", self.keys.named("leases"), argv, parse)
 
+    def claim_sweep(self) -> Command[bool]:
+        """True for the first who asks within a third of a lease. A throttle, not a lock: sweeps may overlap."""
+        argv = ("SET", self.keys.named("swept"), "1", "NX", "PX", ms(self.settings.lease / 3))
+        return Command(argv, lambda reply: reply is not None and reply is not False)
+
     # -- views
 
     def browse(self, index: str, offset: int, limit: int) -> Call[Page]:
@@ -472,6 +476,7 @@ def foreign_data(keys: Iterable[str], error: Exception) -> ForeignData:
     )
 
 
+_MISSING = ord("-")
 #: stored when a lease lapses and nobody is left to say why
 LAPSED = codec.pack_error("LeaseLapsed", "the worker fell silent for longer than its lease", "")
 
@@ -508,14 +513,22 @@ def _held_word(verb: str, key: Key) -> Callable[[Any], str]:
 
 
 def _envelope_argv(envelope: Envelope, inline: bytes | None) -> tuple[Any, ...]:
-    fields = envelope.to_fields()
-    return (envelope.stored, envelope.chunks, *fields, *(("bytes", inline) if inline is not None else ()))
+    return (envelope.stored, envelope.chunks, _packed_envelope(envelope), inline or b"")
 
 
-def _stored(key: Key, flat: list[bytes]) -> Stored:
-    fields = dict(zip(flat[::2], flat[1::2], strict=True))
-    owner, inline = fields.pop(b"owner", b""), fields.pop(b"bytes", None)
-    return Stored(key, _text(owner), Envelope.from_fields(fields), inline)
+def _packed_envelope(envelope: Envelope) -> bytes:
+    """A line ``name=value`` for each field: people read it in redis-cli, and one value is cheaper than ten."""
+    parts = [part if isinstance(part, bytes) else part.encode() for part in envelope.to_fields()]
+    return b"\n".join(b"%s=%s" % pair for pair in zip(parts[::2], parts[1::2], strict=True))
+
+
+def _stored(key: Key, values: list[bytes | None]) -> Stored | None:
+    if not values or values[0] is None:
+        return None
+    owner, packed, inline = values
+    lines = (packed or b"").split(b"\n")
+    envelope = Envelope.from_fields({name: value for name, _, value in (line.partition(b"=") for line in lines)})
+    return Stored(key, _text(owner), envelope, None if envelope.chunks else inline or b"")
 
 
 def _attempt(key: Key, values: list[Any]) -> Attempt:
@@ -531,8 +544,23 @@ def _attempt(key: Key, values: list[Any]) -> Attempt:
     )
 
 
-def _status(key: Key, values: list[Any], outcome: Outcome | None = None) -> BatchStatus:
-    field = dict(zip(RECORD_FIELDS, values, strict=True))
+def _fields(packed: bytes) -> dict[str, bytes | None]:
+    """The record as prelude.lua wrote it: netstrings in the order of RECORD_FIELDS, ``-`` for what is missing."""
+    fields: dict[str, bytes | None] = {}
+    at = 0
+    for name in RECORD_FIELDS:
+        if packed[at] == _MISSING:
+            fields[name] = None
+            at += 1
+        else:
+            colon = packed.index(b":", at)
+            start, at = colon + 1, colon + 1 + int(packed[at:colon])
+            fields[name] = packed[start:at]
+    return fields
+
+
+def _status(key: Key, packed: bytes, outcome: Outcome | None = None) -> BatchStatus:
+    field = _fields(packed)
     est_ms = int(field["est_ms"] or 0)
     return BatchStatus(
         key=key,
@@ -546,7 +574,7 @@ def _status(key: Key, values: list[Any], outcome: Outcome | None = None) -> Batc
         estimated_time=est_ms / 1000 if est_ms else None,
         progress=_progress(field["progress"]),
         attempts=int(field["attempts"] or 0),
-        error=codec.unpack_error(field["error"]) if field["error"] else None,
+        error=codec.unpack_error(field["error"] or LAPSED) if field["error"] is not None else None,
         worker=_text(field["worker"]) if field["worker"] else None,
         queue=_text(field["queue"] or b""),
         quarantined=field["quarantined"] == b"1",

@@ -118,7 +118,9 @@ class Core:
 
     def describe(self, request: BatchRequest) -> str:
         """What people read of a request in RQ's lists and in logs: no secrets."""
-        text = redact(self.identify(request).uri, self.settings.secret_params)
+        text = self.identify(request).uri
+        if "?" in text or "@" in text:
+            text = redact(text, self.settings.secret_params)
         return f"{request.operation} {text}".rstrip() if request.operation else text
 
     def queue_of(self, request: BatchRequest) -> str:
@@ -346,6 +348,9 @@ def _settle(
         if not waiting or left <= 0:
             return
         woken: set[Key] = yield Listen(left)
+        if not woken:
+            # nobody may be there to notice that a worker died: whoever waits does
+            yield from sweep_if_due(core)
         asked = [key for key in waiting if key in woken] or tuple(waiting)
 
 
@@ -503,6 +508,12 @@ def sweep(core: Core, queue: str | None = None) -> Flow[int]:
         cursor = swept.cursor
         if not cursor and len(swept.lapsed) == 0:
             return healed
+
+
+def sweep_if_due(core: Core, queue: str | None = None) -> Flow[int]:
+    """Sweep unless somebody has, anywhere, within a third of a lease."""
+    mine: bool = yield core.calls.claim_sweep()
+    return (yield from sweep(core, queue)) if mine else 0
 
 
 def _heal_lapsed(core: Core, found: Overdue) -> Call[str]:

@@ -1,11 +1,13 @@
 """Every key name of ours, for Python and for the scripts.
 
-The only module that spells one. ``Keys`` gives the names to Python; ``lua_names`` writes the same table as Lua
-functions, which the loader puts before every script, so the two sides cannot differ. RQ's own names are not here:
+The only module that spells one. ``Keys`` gives the names to Python; ``expand_names`` writes the same table into the
+scripts, so the two sides cannot differ. RQ's own names are not here:
 rqarm.rqjobs asks RQ for them.
 """
 
 from __future__ import annotations
+
+import re
 
 from rqarm.model import Key
 
@@ -24,6 +26,7 @@ PATTERNS: dict[str, str] = {
     "results": "results",
     "sizes": "sizes",
     "quarantine": "quarantine",
+    "swept": "swept",
     "takers": "takers",
     "seq": "seq",
     "events": "events",
@@ -72,18 +75,27 @@ class Keys:
         return self.prefix + PATTERNS[kind].format(**parts)
 
 
-def lua_names() -> str:
-    """The table as Lua: ``status_name(key)``, ``leases_name()``, each ``PREFIX .. pattern``."""
-    lines = ["local PREFIX = ARGV[1]"]
-    for kind, pattern in PATTERNS.items():
-        parts = [part.split("}") for part in pattern.split("{")]
-        arguments = [part[0] for part in parts[1:]]
-        pieces = ["PREFIX", repr(parts[0][0])]
-        for argument, literal in parts[1:]:
-            pieces.append(argument)
-            if literal:
-                pieces.append(repr(literal))
-        lines.append(f"local function {kind}_name({', '.join(arguments)}) return {' .. '.join(pieces)} end")
-    fields = ", ".join(repr(field) for field in RECORD_FIELDS)
-    lines.append(f"local RECORD_FIELDS = {{{fields}}}")
-    return "\n".join(lines) + "\n"
+def expand_names(lua: str) -> str:
+    """The script with each ``status_name(key)``, ``leases_name()`` written out as ``PREFIX .. 'status:' .. key``.
+
+    Written out, not called: a script makes its functions anew at every run, and forty of them cost more than a hit.
+    """
+    return _NAME.sub(_expression, lua)
+
+
+_NAME = re.compile(r"\b(" + "|".join(PATTERNS) + r")_name\(((?:[^()]|\[[^]]*\])*)\)")
+
+
+def _expression(match: re.Match[str]) -> str:
+    arguments = [argument.strip() for argument in match[2].split(",") if argument.strip()]
+    literals = re.split(r"\{\w+\}", PATTERNS[match[1]])
+    if len(arguments) != len(literals) - 1:
+        raise ValueError(f"{match[0]} has {len(arguments)} arguments, the name takes {len(literals) - 1}")
+    pieces = ["PREFIX", repr(literals[0])]
+    for argument, literal in zip(arguments, literals[1:], strict=True):
+        pieces += [argument, repr(literal)] if literal else [argument]
+    return f"({' .. '.join(pieces)})"
+
+
+#: what stands before every script
+LUA_CONSTANTS = "local PREFIX = ARGV[1]\nlocal RECORD_FIELDS = {" + ", ".join(map(repr, RECORD_FIELDS)) + "}\n"

@@ -15,7 +15,7 @@ from rqarm.model import BatchStatus
 from rqarm.queue import Queues
 from rqarm.request import BatchRequest
 from rqarm.rqjobs import RqJobs
-from rqarm.shell import Shell
+from rqarm.shell import GIVEN, Shell
 from rqarm.views import Explanation, explain
 
 
@@ -29,11 +29,9 @@ class RequestManager:
 
     def __init__(self, url: str | None = None, *, connection: redis.Redis | None = None, **settings: Any) -> None:
         self.settings = Settings.load(url=url, **settings)
-        owns = connection is None
-        where = connect.default_url(self.settings) if connection is None else "the given connection"
-        client = connect.open_client(where) if connection is None else connection
+        where = connect.default_url(self.settings) if connection is None else GIVEN
         self.core = Core(self.settings, RqJobs(self.settings))
-        self.shell = Shell(client, self.core.keys, self.settings, where, owns=owns)
+        self.shell = Shell(self.core.keys, self.settings, where, connection)
         #: cached results
         self.cache = Cache(self.core, self.shell)
         #: the pull interface

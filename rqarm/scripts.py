@@ -1,7 +1,6 @@
 """Load and describe lua/*.lua.
 
-A script on the wire is: shebang where its header asks for flags, the names of rqarm.keys, the prelude, the file. The
-header is data: KEYS, ARGV and Returns are read here, and a test holds them against the ``local`` names below it.
+A script on the wire is: shebang where its header asks for flags, what it needs of the prelude, the file. The header is data: KEYS, ARGV and Returns are read here, and a test holds them against the ``local`` names below it.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from rqarm.keys import lua_names
+from rqarm.keys import LUA_CONSTANTS, expand_names
 
 _ENTRY = re.compile(r"^-- (KEYS|ARGV) +(\S+) +(\S+) *(.*)$")
+_DEFINED = re.compile(r"^local (?:function )?(\w+)(?:, (\w+))?", re.MULTILINE)
 _OUTCOME = re.compile(r"\{'([a-z_]+)'")
 
 
@@ -40,7 +40,8 @@ def script(name: str) -> Script:
     entries = [match.groups() for line in header if (match := _ENTRY.match(line))]
     flags = [line.removeprefix("-- FLAGS ").strip() for line in header if line.startswith("-- FLAGS ")]
     returns = " ".join(line for line in header if "{'" in line)
-    plain = lua_names() + _read("prelude") + body
+    before, mark, after = body.rpartition("-- PRELUDE\n")
+    plain = expand_names(LUA_CONSTANTS + before + _needed(_read("prelude"), after) + mark + after)
     text = f"#!lua flags={flags[0]}\n{plain}" if flags else plain
     return Script(
         name=name,
@@ -60,6 +61,20 @@ def all_scripts() -> tuple[Script, ...]:
     files = resources.files("rqarm.lua").iterdir()
     names = sorted(file.name.removesuffix(".lua") for file in files if file.name.endswith(".lua"))
     return tuple(script(name) for name in names if name != "prelude")
+
+
+def _needed(prelude: str, body: str) -> str:
+    """The paragraphs of the prelude whose names the body uses, or that these use in turn, in their order."""
+    paragraphs = prelude.split("\n\n")
+    defined = [{name for pair in _DEFINED.findall(paragraph) for name in pair if name} for paragraph in paragraphs]
+    wanted, text = set[int](), body
+    while True:
+        words = set(re.findall(r"\w+", text))
+        more = {i for i, names in enumerate(defined) if i not in wanted and words.intersection(names)}
+        if not more:
+            return "".join(paragraphs[i] + "\n\n" for i in sorted(wanted))
+        wanted |= more
+        text = "\n".join(paragraphs[i] for i in more)
 
 
 def _read(name: str) -> str:

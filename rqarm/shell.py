@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import redis
@@ -29,8 +30,8 @@ from rqarm.scripts import Script
 T = TypeVar("T")
 log = logging.getLogger("rqarm")
 
-#: connections that wait (XREAD BLOCK, pub/sub) never come from the pool that submits use
-WAITING_CONNECTIONS = 50
+#: what a manager calls a server whose URL it was not told
+GIVEN = "the given connection"
 
 
 class _Wire:
@@ -78,10 +79,14 @@ class _Wire:
 class Shell:
     """Runs flows on a blocking client."""
 
-    def __init__(self, client: redis.Redis, keys: Keys, settings: Settings, url: str, *, owns: bool) -> None:
-        self.client = client
-        self._keys, self._settings, self._owns = keys, settings, owns
-        self._wire = _Wire(url, connect.is_fake(client))
+    def __init__(self, keys: Keys, settings: Settings, url: str, client: redis.Redis | None = None) -> None:
+        """A shell for the server at ``url``, or for the ``client`` of somebody else, whose ``url`` then only explains."""
+        self._keys, self._settings, self._owns = keys, settings, client is None
+        self.client = connect.open_client(url) if client is None else client
+        self._open_waiting: Callable[[], redis.Redis] = (
+            partial(connect.open_client, url, for_waiting=True) if client is None else partial(_sibling, client)
+        )
+        self._wire = _Wire(url, is_fake(self.client))
         self._waiting: redis.Redis | None = None
         self._listener: Listener | None = None
 
@@ -165,7 +170,7 @@ class Shell:
 
     def _waiting_client(self) -> redis.Redis:
         if self._waiting is None:
-            self._waiting = connect.sibling(self.client, max_connections=WAITING_CONNECTIONS)
+            self._waiting = self._open_waiting()
         return self._waiting
 
     def _listening(self) -> Listener:
@@ -187,12 +192,14 @@ class Shell:
 class AsyncShell:
     """Runs flows on an asyncio client."""
 
-    def __init__(
-        self, client: redis.asyncio.Redis, keys: Keys, settings: Settings, url: str, *, owns: bool
-    ) -> None:
-        self.client = client
-        self._keys, self._settings, self._owns = keys, settings, owns
-        self._wire = _Wire(url, connect.is_fake(client))
+    def __init__(self, keys: Keys, settings: Settings, url: str, client: redis.asyncio.Redis | None = None) -> None:
+        """A shell for the server at ``url``, or for the ``client`` of somebody else, whose ``url`` then only explains."""
+        self._keys, self._settings, self._owns = keys, settings, client is None
+        self.client = connect.open_async_client(url) if client is None else client
+        self._open_waiting: Callable[[], redis.asyncio.Redis] = (
+            partial(connect.open_async_client, url) if client is None else partial(_sibling, client)
+        )
+        self._wire = _Wire(url, is_fake(self.client))
         self._waiting: redis.asyncio.Redis | None = None
         self._listener: AsyncListener | None = None
 
@@ -274,7 +281,7 @@ class AsyncShell:
 
     def _waiting_client(self) -> redis.asyncio.Redis:
         if self._waiting is None:
-            self._waiting = connect.sibling_async(self.client, max_connections=WAITING_CONNECTIONS)
+            self._waiting = self._open_waiting()
         return self._waiting
 
     def _listening(self) -> AsyncListener:
@@ -291,6 +298,19 @@ class AsyncShell:
             await self._waiting.connection_pool.disconnect()
         if self._owns:
             await self.client.aclose()
+
+
+def is_fake(client: Any) -> bool:
+    """fakeredis knows neither INFO nor the flags of scripts."""
+    return str(client.connection_pool.connection_class.__module__).startswith("fakeredis")
+
+
+def _sibling(client: Any) -> Any:
+    """A client of the same server with a pool of its own: what blocks must not use up the pool of submits."""
+    pool = client.connection_pool
+    options = {**pool.connection_kwargs, "socket_timeout": None}
+    twin = type(pool)(connection_class=pool.connection_class, **options)
+    return type(client)(connection_pool=twin)
 
 
 def same_docs(origin: type) -> Callable[[type[T]], type[T]]:

@@ -12,14 +12,15 @@
 -- ARGV family      str    under which the run time is learned
 -- ARGV size_bytes  int    stored size
 -- ARGV chunks      int    0 = the bytes are in the envelope
--- ARGV envelope    bytes  field, value, ... to the end: the hash of the result
+-- ARGV envelope    str    what the bytes are, a line for each field
+-- ARGV bytes       bytes  of a small result
 --
 -- Returns {'stored'} | {'already'} | {'lost', state} | {'torn', missing}
 
 local status = KEYS[1]
 local key, token, sticky, ttl_ms = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local family, size_bytes, chunks = ARGV[6], ARGV[7], tonumber(ARGV[8])
-local envelope = {unpack(ARGV, 9)}
+local envelope, bytes = ARGV[9], ARGV[10]
 
 local claim = record(key, 'state', 'token', 'sticky', 'ttl_ms', 'fallback_ttl_ms', 'started_ms', 'queue', 'slot',
   'est_ms', 'done_token')
@@ -37,7 +38,7 @@ if life_ms == 0 then life_ms = tonumber(claim.fallback_ttl_ms) end
 
 land(key, claim)
 redis.call('HSET', status, 'done_token', token)
-commit(key, token, keep, life_ms, size_bytes, envelope)
+commit(key, token, keep, life_ms, size_bytes, chunks, envelope, bytes)
 learn(family, now_ms - tonumber(claim.started_ms))
 count('executions', 'completed')
 event('complete', key, 'completed')

@@ -11,14 +11,15 @@
 -- ARGV ttl_ms      int    life of the result
 -- ARGV size_bytes  int    stored size
 -- ARGV chunks      int    0 = the bytes are in the envelope
--- ARGV envelope    bytes  field, value, ... to the end: the hash of the result
+-- ARGV envelope    str    what the bytes are, a line for each field
+-- ARGV bytes       bytes  of a small result
 --
 -- Returns {'stored'} | {'conflict', uri} | {'torn', missing}
 
 local status = KEYS[1]
 local key, uri, request, owner, queue = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local sticky, ttl_ms, size_bytes, chunks = ARGV[7], tonumber(ARGV[8]), ARGV[9], tonumber(ARGV[10])
-local envelope = {unpack(ARGV, 11)}
+local envelope, bytes = ARGV[11], ARGV[12]
 
 local claim = record(key, 'state', 'uri', 'queue', 'slot', 'est_ms', 'sticky', 'ttl_ms')
 
@@ -33,6 +34,6 @@ else
   redis.call('HSET', status, 'queue', queue, 'priority', '1', 'submitted_ms', int(now_ms), 'ttl_ms', int(ttl_ms))
 end
 redis.call('ZREM', quarantine_name(), key)
-commit(key, owner, sticky == '1', ttl_ms, size_bytes, envelope)
+commit(key, owner, sticky == '1', ttl_ms, size_bytes, chunks, envelope, bytes)
 event('put', key, 'completed')
 return {'stored'}

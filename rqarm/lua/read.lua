@@ -6,12 +6,10 @@
 -- ARGV with_value  0|1   answer with the result as well
 --
 -- Returns {'found', record, result} | {'unknown'}
--- Returns also: result is flat, empty when there is none or it is not wanted.
+-- Returns also: result is owner, envelope and bytes; empty when it is not wanted.
 
 local status = KEYS[1]
 local key, with_value = ARGV[2], ARGV[3]
 
 if redis.call('EXISTS', status) == 0 then return {'unknown'} end
-local result = {}
-if with_value == '1' then result = redis.call('HGETALL', result_name(key)) end
-return {'found', answer_fields(key), result}
+return {'found', answer_fields(key), with_value == '1' and stored_result(key) or {}}

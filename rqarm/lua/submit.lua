@@ -23,11 +23,10 @@
 -- ARGV max_pending      int    0 = no limit
 -- ARGV max_attempts     int    crashes after which a request is set aside
 -- ARGV again            0|1    run again whatever is cached
--- ARGV crash_error      bytes  stored when the last allowed worker has crashed
 --
 -- Returns {'new', record} | {'joined', record} | {'hit', record, result} | {'negative', record} | {'refused', record,
 -- pending} | {'conflict', uri} | {'corrupt', state}
--- Returns also: result is the flat hash with owner and bytes.
+-- Returns also: result is owner, envelope and bytes.
 
 local status = KEYS[1]
 local key, uri, request = ARGV[2], ARGV[3], ARGV[4]
@@ -37,7 +36,21 @@ local sticky, ttl_ms, fallback_ttl_ms = ARGV[10], tonumber(ARGV[11]), tonumber(A
 local est_ms, family = tonumber(ARGV[13]), ARGV[14]
 local payload_id, payload = ARGV[15], ARGV[16]
 local max_pending, max_attempts = tonumber(ARGV[17]), tonumber(ARGV[18])
-local again, crash_error = ARGV[19], ARGV[20]
+local again = ARGV[19]
+
+-- A plain hit, which is what most submits are, is answered before anything else is even defined: a script makes its
+-- functions anew at every run, and these cost more than the answer.
+if redis.call('HGET', status, 'state') == 'completed' and again == '0' then
+  local stored = redis.call('HMGET', result_name(key), 'owner', 'envelope', 'bytes')
+  local values = redis.call('HMGET', status, unpack(RECORD_FIELDS))
+  if stored[1] and values[2] == uri and ttl_ms == 0 and (sticky == '0' or values[5] == '1') then
+    redis.pcall('HINCRBY', stats_name('submissions'), 'hit', 1)
+    for i, value in ipairs(values) do values[i] = value and #value .. ':' .. value or '-' end
+    return {'hit', table.concat(values), stored}
+  end
+end
+
+-- PRELUDE
 
 -- RQ's states in which a job will still be delivered.
 local DELIVERED = {queued = true, scheduled = true, deferred = true, started = true}
@@ -117,7 +130,7 @@ if state and claim.uri ~= uri then
   outcome, extra = 'conflict', claim.uri
 elseif state == 'completed' and again == '0' and redis.call('EXISTS', result_name(key)) == 1 then
   upgrade()
-  outcome, extra = 'hit', redis.call('HGETALL', result_name(key))
+  outcome, extra = 'hit', stored_result(key)
 elseif state == 'pending' or state == 'in_progress' then
   local strikes = tonumber(claim.crashes) or 0
   if claim.job_id == job_id then
@@ -129,7 +142,7 @@ elseif state == 'pending' or state == 'in_progress' then
     outcome = 'new'
   elseif state == 'in_progress' and tonumber(claim.lease_until) <= now_ms and strikes + 1 >= max_attempts then
     keep_payload()
-    set_aside(key, claim, crash_error)
+    set_aside(key, claim, '')
     event('crash', key, 'failed')
     outcome = 'negative'
   elseif state == 'in_progress' and tonumber(claim.lease_until) <= now_ms then

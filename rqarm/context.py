@@ -1,0 +1,112 @@
+"""What a handler may ask and say while it runs.
+
+No I/O here: the worker gives a ``Context`` the callables that do it. One Context belongs to one attempt.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from rqarm.model import Key
+from rqarm.request import BatchRequest
+
+if TYPE_CHECKING:
+    from rqarm.handlers import Resources
+
+#: a progress bar needs no more than this, and each report is a write to Redis
+SECONDS_BETWEEN_REPORTS = 1.0
+
+
+class RetryLater(Exception):
+    """Raised by a handler to end this attempt and be called again; made by ``Context.retry``.
+
+    ``delay``: seconds until the next attempt, None = what the route's ``retry`` says. ``kwargs``: arguments that the
+    next attempt gets instead of those of this one.
+    """
+
+    def __init__(self, delay: float | None = None, kwargs: Mapping[str, Any] | None = None) -> None:
+        if delay is not None and not 0 <= delay < math.inf:
+            raise ValueError(f"delay must be 0 or more seconds, not {delay!r}")
+        super().__init__("at once" if delay == 0 else f"after {delay:g} s" if delay else "after the route's interval")
+        self.delay = delay
+        self.kwargs: Mapping[str, Any] = MappingProxyType(dict(kwargs or {}))
+
+
+class Context:
+    """One attempt as its handler sees it.
+
+    ``attempt``: 1 = the first. ``kwargs``: the arguments that the attempt before changed by ``retry``.
+    ``resources``: what ``Handlers.resource`` built. ``deadline``: when the attempt is stopped, on the clock of
+    ``time.monotonic()``; None = never. ``worker``: the name of the worker.
+    """
+
+    __slots__ = (
+        "_clock",
+        "_is_cancelled",
+        "_report",
+        "_reported",
+        "attempt",
+        "deadline",
+        "key",
+        "kwargs",
+        "request",
+        "resources",
+        "worker",
+    )
+
+    def __init__(
+        self,
+        request: BatchRequest,
+        key: Key,
+        attempt: int,
+        kwargs: Mapping[str, Any],
+        resources: Resources,
+        report: Callable[[float, str], object],
+        is_cancelled: Callable[[], bool],
+        deadline: float | None = None,
+        worker: str = "",
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.request = request
+        self.key = key
+        self.attempt = attempt
+        self.kwargs: Mapping[str, Any] = MappingProxyType(dict(kwargs))
+        self.resources = resources
+        self.deadline = deadline
+        self.worker = worker
+        self._report = report
+        self._is_cancelled = is_cancelled
+        self._clock = clock
+        self._reported = -math.inf
+
+    @property
+    def cancelled(self) -> bool:
+        """True when the attempt should stop: somebody cancelled the request, or another attempt holds it."""
+        return self._is_cancelled()
+
+    def progress(self, fraction: float, message: str = "") -> None:
+        """Tell those who ask for the status how much is done: 0.0 = nothing, 1.0 = all.
+
+        At most one report a second goes out and the others are dropped, so call it as often as you like; 1.0 always
+        goes out. Raises ValueError outside 0..1.
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"progress is a fraction from 0 to 1, not {fraction!r}")
+        now = self._clock()
+        if fraction < 1 and now - self._reported < SECONDS_BETWEEN_REPORTS:
+            return
+        self._reported = now
+        self._report(float(fraction), message)
+
+    def retry(self, delay: float | None = None, **kwargs: Any) -> RetryLater:
+        """The exception to raise to be called again: ``raise context.retry(delay=30, page=2)``.
+
+        ``delay`` in seconds, None = what the route's ``retry`` says. ``kwargs`` replace arguments of the same name in
+        the next call; all of them are in its ``context.kwargs``. Raises ValueError for a negative delay.
+        """
+        return RetryLater(delay, kwargs)

@@ -1,0 +1,265 @@
+"""rqarm.Worker: an RQ worker that keeps our leases.
+
+The parent starts the attempt, so that it always knows what its horse runs; it renews the lease while the horse works,
+kills the horse when the lease is lost or the time is over, says at once when a horse has died, and sweeps. RQ does the
+rest. It never exits because the server is busy, read-only or out of memory: it waits and goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import rq
+from redis.exceptions import RedisError
+from rq.executions import Execution as RqExecution
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from rq.worker import WorkerStatus
+
+from rqarm import codec, flows
+from rqarm.calls import Attempt
+from rqarm.config import Settings
+from rqarm.errors import LeaseLost, NoHandler, RqarmError
+from rqarm.manager import RequestManager
+from rqarm.model import Key, State
+from rqarm.rqjobs import PERFORM, SUFFIXES
+from rqarm.worker import execution
+
+log = logging.getLogger("rqarm.worker")
+T = TypeVar("T")
+
+#: seconds beyond the handler's limit after which the parent kills a horse that does not listen to it
+HARD_GRACE = 5.0
+#: longest wait in seconds before a server that refused is asked again
+PATIENCE = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(slots=True)
+class _Run:
+    """The attempt that the horse runs. ``death``: why the parent killed it; "" = it did not."""
+
+    job_id: str
+    manager: RequestManager
+    attempt: Attempt
+    limit: float
+    began: float
+    renewed: float
+    death: str = ""
+
+
+class Worker(rq.Worker):  # type: ignore[misc]
+    """Use it like ``rq.Worker``. Jobs that are not ours run as RQ runs them.
+
+    ``lease`` and the other settings come from RQARM_*; RQ's serializer is JSON unless another is given.
+    """
+
+    def __init__(self, queues: Any, *args: Any, serializer: Any = None, **kwargs: Any) -> None:
+        self.settings = Settings.load()
+        kwargs.setdefault("job_monitoring_interval", max(1, int(self.settings.lease / 3)))
+        super().__init__(queues, *args, serializer=serializer or JSONSerializer, **kwargs)
+        self._run: _Run | None = None
+        self._swept = 0.0
+
+    # -- RQ's rhythm
+
+    @property
+    def dequeue_timeout(self) -> int:
+        """An idle worker looks up this often, in seconds: to sweep."""
+        return max(1, int(self.settings.lease / 3))
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        super().heartbeat(timeout, pipeline=pipeline)
+        if not self.is_horse:
+            self._sweep_when_due()
+
+    def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
+        return self._patiently(lambda: super(Worker, self).dequeue_job_and_maintain_ttl(timeout, max_idle_time))
+
+    def run_maintenance_tasks(self) -> None:
+        self._patiently(super().run_maintenance_tasks)
+
+    def check_for_suspension(self, burst: bool) -> None:
+        self._patiently(lambda: super(Worker, self).check_for_suspension(burst))
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """Ask until the server answers. RQ's own loop would exit on READONLY, OOM, BUSY, LOADING and the like."""
+        refusals = 0
+        while True:
+            try:
+                return ask()
+            except RedisError as error:
+                refusals += 1
+                pause = min(PATIENCE, 0.1 * 2**refusals) * random.uniform(0.5, 1.0)
+                log.warning("the server refused, asking again in %.1f s: %s", pause, error)
+                time.sleep(pause)
+
+    def _sweep_when_due(self) -> None:
+        now = time.monotonic()
+        if now < self._swept:
+            return
+        self._swept = now + self.settings.lease / 3 * random.uniform(0.8, 1.2)
+        try:
+            manager = execution.manager_for(self.settings.namespace, self.connection)
+            for queue in _logical_queues(self.queue_names()):
+                if healed := manager.shell.run(flows.sweep(manager.core, queue)):
+                    log.warning("queue %s: set %d requests going again that had died", queue, healed)
+        except (RedisError, RqarmError) as error:
+            log.warning("the sweep did not run: %s", error)
+
+    # -- one job
+
+    def execute_job(self, job: Job, queue: rq.Queue) -> None:
+        try:
+            self._run = self._start(job)
+            super().execute_job(job, queue)
+        except RedisError as error:
+            # RQ popped the job and could not note it: the sweep finds the request and queues it again
+            log.warning("%s: the server refused in the middle of a job: %s", job.id, error)
+            self._patiently(lambda: self.set_state(WorkerStatus.IDLE))
+        except SystemExit:
+            self._hand_back()
+            raise
+        finally:
+            execution.handed_over.pop(job.id, None)
+            self._run = None
+
+    def _start(self, job: Job) -> _Run | None:
+        """Start the attempt here, before the fork: the parent must know the token of what it watches over."""
+        if job.func_name != PERFORM:
+            return None
+        namespace, key = job.args
+        manager = execution.manager_for(namespace, self.connection)
+        began = time.monotonic()
+        attempt = self._patiently(
+            lambda: manager.shell.run(flows.start(manager.core, Key(key), job.id, self.name))
+        )
+        execution.handed_over[job.id] = attempt
+        if isinstance(attempt, State):
+            return None
+        return _Run(job.id, manager, attempt, self._limit_of(attempt, manager), began, began)
+
+    def _limit_of(self, attempt: Attempt, manager: RequestManager) -> float:
+        default = manager.settings.timeout
+        try:
+            return execution.handlers().match(attempt.request).route.timeout or default
+        except (NoHandler, RqarmError):
+            return default  # the horse will say what is wrong with it
+
+    def monitor_work_horse(self, job: Job, queue: rq.Queue, rq_execution: RqExecution) -> None:
+        run, group = self._run, self.horse_pid
+        try:
+            super().monitor_work_horse(job, queue, rq_execution)
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)  # what the handler left running
+        if run is not None:
+            self._account_for(run)
+
+    def maintain_heartbeats(self, job: Job, rq_execution: RqExecution) -> None:
+        try:
+            super().maintain_heartbeats(job, rq_execution)
+        except RedisError as error:
+            log.warning("%s: no heartbeat: %s", job.id, error)
+        if self._run is not None and self._run.job_id == job.id:
+            self._watch_over(self._run)
+
+    def _watch_over(self, run: _Run) -> None:
+        """Renew the lease; stop the horse when it is lost, or when nobody can say whose it is."""
+        sent = time.monotonic()
+        try:
+            run.manager.shell.run(flows.renew(run.manager.core, run.attempt))
+            run.renewed = sent
+        except LeaseLost as lost:
+            run.death = str(lost.state)
+            log.warning("%s: %s", run.attempt.key, lost)
+        except RedisError as error:
+            log.warning("%s: the lease was not renewed: %s", run.attempt.key, error)
+        now = time.monotonic()
+        if now - run.renewed > run.manager.settings.lease * 2 / 3:
+            run.death = "lease"
+        elif now - run.began > run.limit + HARD_GRACE:
+            run.death = "time limit"
+        if run.death:
+            self.kill_horse()
+
+    def _account_for(self, run: _Run) -> None:
+        """The horse is gone. If its attempt is still open, nobody else can say so."""
+        flow = flows.crash(run.manager.core, run.attempt, codec.pack_error("WorkHorseDied", self._obituary, ""))
+        if run.death == "time limit":
+            message = f"the handler did not stop at its limit of {run.limit:g} s and was killed"
+            flow = flows.fail(run.manager.core, run.attempt, codec.pack_error(execution.TimeLimit, message, ""))
+        elif run.death == "stopped":
+            flow = flows.cancel(run.manager.core, run.attempt.key)
+        try:
+            word = self._patiently(lambda: run.manager.shell.run(flow))
+        except LeaseLost:
+            return
+        if word in ("requeued", "quarantined"):
+            log.warning("%s: %s, %s", run.attempt.key, self._obituary, word)
+
+    _obituary = "the process ended without a result"
+
+    def fork_work_horse(self, job: Job, queue: rq.Queue) -> None:
+        self._obituary = "the process ended without a result (exit code 0)"
+        super().fork_work_horse(job, queue)
+
+    def handle_work_horse_killed(self, job: Job, retpid: Any, ret_val: Any, rusage: Any) -> None:
+        peak_mib = rusage.ru_maxrss // 1024 if rusage is not None else 0
+        if ret_val is not None and os.WIFSIGNALED(ret_val):
+            name = signal.Signals(os.WTERMSIG(ret_val)).name
+            self._obituary = f"the process was killed by {name}, at most {peak_mib} MiB used"
+        elif ret_val is not None:
+            self._obituary = f"the process exited with code {os.waitstatus_to_exitcode(ret_val)}"
+        super().handle_work_horse_killed(job, retpid, ret_val, rusage)
+
+    def request_stop_execution(self, execution_id: str) -> None:
+        """RQ's stop-job command: for our requests it is a cancellation."""
+        stopped = self.executions.get(execution_id)
+        run = self._run
+        if stopped is not None and run is not None and run.job_id == stopped.job_id:
+            run.death = "stopped"
+        super().request_stop_execution(execution_id)
+
+    def _hand_back(self) -> None:
+        """A cold shutdown has killed the horse: the request goes back unharmed, next in line."""
+        run = self._run
+        if run is not None:
+            with contextlib.suppress(LeaseLost, RedisError):
+                run.manager.shell.run(flows.release(run.manager.core, run.attempt))
+
+    # -- the horse
+
+    def setup_work_horse_signals(self) -> None:
+        super().setup_work_horse_signals()
+        _die_with_parent()
+
+
+def _die_with_parent() -> None:
+    """A horse whose parent was killed must not go on: nobody renews its lease. Linux only; elsewhere it is fenced."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent or parent == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _logical_queues(names: list[str]) -> list[str]:
+    """Our queues behind RQ's: each priority has one of its own."""
+    suffixes = [suffix for suffix in SUFFIXES.values() if suffix]
+    found = dict.fromkeys(
+        next((name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)), name) for name in names
+    )
+    return list(found)
+
+

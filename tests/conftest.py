@@ -1,0 +1,34 @@
+"""Fixtures that start real servers. Every xdist worker has its own: a session fixture lives in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import redis
+import servers
+
+from rqarm import connect, embedded
+
+
+@pytest.fixture(scope="session", params=["valkey", "redis"])
+def server(request: pytest.FixtureRequest) -> Iterator[embedded.PrivateServer]:
+    """A server of each kind found on this machine."""
+    binary = servers.BINARIES[request.param]
+    if binary is None:
+        pytest.skip(servers.MISSING[request.param])
+    with servers.throwaway(binary) as started:
+        yield started
+
+
+@pytest.fixture
+def url(server: embedded.PrivateServer) -> str:
+    return server.url
+
+
+@pytest.fixture
+def redis_client(server: embedded.PrivateServer) -> Iterator[redis.Redis]:
+    """A client of the emptied server."""
+    with connect.open_client(server.url) as client:
+        client.flushall()
+        yield client

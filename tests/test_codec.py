@@ -1,0 +1,908 @@
+"""Values survive the way through Redis unchanged, or are refused with the place that is at fault; damage is seen."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import io
+import math
+import random
+import struct
+import sys
+import tracemalloc
+import uuid
+import zlib
+from collections import Counter, OrderedDict, namedtuple
+from dataclasses import replace
+from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
+from decimal import Decimal
+from zoneinfo import ZoneInfo
+
+import msgpack
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rqarm import codec
+from rqarm.codec import (
+    EXT_CODE,
+    MAX_DEPTH,
+    ChunkReader,
+    Envelope,
+    Result,
+    decode,
+    decode_chunks,
+    encode,
+    open_reader,
+    pack,
+    pack_error,
+    unpack,
+    unpack_error,
+)
+from rqarm.config import Settings
+from rqarm.errors import ConfigError, CorruptResult, ResultTooLarge, UnpackableResult, VersionSkew
+
+SMALL = Settings(inline_bytes=16, chunk_bytes=32, max_result_bytes=1_000, compress_above=1_000)
+ENGINES = [False, *([True] if codec._zstd() else [])]
+
+
+def same(one, other):
+    """Equal in value and type all the way down; NaN is NaN and -0.0 is not 0.0."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, float):
+        return struct.pack(">d", one) == struct.pack(">d", other) or (math.isnan(one) and math.isnan(other))
+    if isinstance(one, Decimal):
+        return one.as_tuple() == other.as_tuple()
+    if isinstance(one, complex):
+        return same(one.real, other.real) and same(one.imag, other.imag)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict):
+        return same(list(one.items()), list(other.items()))
+    if isinstance(one, set | frozenset):
+        return len(one) == len(other) and all(any(same(mine, theirs) for theirs in other) for mine in one)
+    if isinstance(one, datetime | time):
+        return one == other and one.fold == other.fold and one.utcoffset() == other.utcoffset()
+    return one == other
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+PARIS = ZoneInfo("Europe/Paris")
+
+VALUES = [
+    None, True, False, 0, -1, 2**63, -(2**63), 2**64 - 1, 2**64, -(2**63) - 1, 2**200, -(2**200), 10**5_000,
+    0.0, -0.0, 1.5, math.nan, math.inf, -math.inf, 5e-324, "", "äöü \U0001f600 \x00", b"", b"\x00\xff", [], {}, (),
+    set(), frozenset(), [1, [2, (3, {4: (5,)})]], (1, (2,), [3]), {1, "a", (2, 3), frozenset({4})}, frozenset({b"x"}),
+    {1: "int", "1": "str", b"1": "bytes", None: 0, 2.5: 1, (1, ("a",)): 2, frozenset({1}): 3, True and 7: 4},
+    {math.nan: 1}, {date(2026, 1, 1): 1, Decimal("1.0"): 2},
+    datetime(2026, 1, 2, 3, 4, 5, 678901), datetime(1, 1, 1), datetime(9999, 12, 31, 23, 59, 59, 999999),
+    datetime(2026, 10, 25, 2, 30, fold=1), datetime(2026, 1, 1, tzinfo=UTC),
+    datetime(2026, 1, 1, tzinfo=timezone(timedelta(hours=-5, minutes=-30))),
+    datetime(2026, 1, 1, 0, 0, 0, 7, tzinfo=timezone(timedelta(seconds=3723, microseconds=5))),
+    date(2026, 2, 28), date.min, time(23, 59, 59, 999999), time(1, tzinfo=timezone(timedelta(hours=2))),
+    time(2, fold=1),
+    timedelta(0), timedelta.min, timedelta.max, timedelta(days=-1, microseconds=1),
+    Decimal("0"), Decimal("-0"), Decimal("1.500"), Decimal("NaN"), Decimal("sNaN12"), Decimal("-Infinity"),
+    Decimal("1E+999999"), Decimal("3." + "1" * 100), uuid.UUID(int=0), uuid.UUID(int=2**128 - 1), 1 + 2j,
+    complex(-0.0, math.inf), msgpack.Timestamp(1, 2), msgpack.ExtType(5, b"theirs"),
+    [(), [()], {(): ()}], [set(), {frozenset()}], ["\ud7ff", "\ue000"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_a_value_comes_back_with_its_types(value):
+    assert same(unpack(pack(value)), value)
+    assert same(unpack(pack([value, {"a": value}])), [value, {"a": value}])
+
+
+def test_buffers_come_back_as_bytes():
+    assert same(unpack(pack([bytearray(b"ab"), memoryview(b"cd")])), [b"ab", b"cd"])
+
+
+@pytest.mark.parametrize("moment", [datetime(2026, 1, 1, tzinfo=PARIS), datetime(2026, 7, 1, tzinfo=PARIS),
+                                    datetime(2026, 10, 25, 2, 30, tzinfo=PARIS),
+                                    datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=PARIS),
+                                    datetime(2026, 1, 1, tzinfo=ZoneInfo("Europe/London"))])  # fmt: skip
+def test_a_time_zone_becomes_its_offset_at_that_moment(moment):
+    back = unpack(pack(moment))
+    assert back.astimezone(UTC) == moment.astimezone(UTC)
+    assert back.utcoffset() == moment.utcoffset()
+    assert type(back.tzinfo) is timezone
+
+
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.integers(-(2**300), 2**300) | st.floats() | st.text() | st.binary()
+    | st.datetimes() | st.datetimes(timezones=st.just(UTC)) | st.dates() | st.times() | st.timedeltas() | st.uuids()
+    | st.decimals() | st.complex_numbers()
+)  # fmt: skip
+keys = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary() | st.dates(),
+    lambda inner: st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3),
+    max_leaves=4,
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(keys, inner) | st.sets(keys),
+    max_leaves=40,
+)
+
+
+@given(values)
+def test_any_nested_value_comes_back(value):
+    assert same(unpack(pack(value)), value)
+
+
+@given(values, st.randoms(use_true_random=False))
+def test_damaged_bytes_give_a_value_or_corrupt_result(value, rng):
+    packed = bytearray(pack(value))
+    for _ in range(rng.randint(1, 4)):
+        packed[rng.randrange(len(packed))] = rng.randrange(256)
+    for damaged in (bytes(packed), bytes(packed[: rng.randint(0, len(packed))])):
+        with contextlib.suppress(CorruptResult):
+            unpack(damaged)
+
+
+crumbs = [b"\xd4R", b"t", b"s", b"\x91", b"\xc7\x01R", b"\x81", b"\x01", b"\xdd\xff\xff\xff\xff", b"\xc1"]
+
+
+@given(st.binary(max_size=300) | st.lists(st.sampled_from(crumbs)).map(b"".join))
+def test_any_bytes_give_a_value_or_corrupt_result(packed):
+    with contextlib.suppress(CorruptResult):
+        unpack(packed)
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+
+
+class NoOffset(tzinfo):
+    def utcoffset(self, moment):
+        return None
+
+
+class Raises(tzinfo):
+    def utcoffset(self, moment):
+        raise LookupError("no such zone")
+
+
+class Hostile:
+    def __repr__(self):
+        raise RuntimeError("repr")
+
+
+Point = namedtuple("Point", "x y")
+
+
+@pytest.mark.parametrize(
+    ("value", "path", "reason"),
+    [
+        (lambda: 0, "$", "function"),
+        (object(), "$", "object is not a plain value"),
+        ({"rows": [1, 2, 3, {"when": object()}]}, "$['rows'][3]['when']", "object"),
+        ([{"a": (x for x in ())}], "$[0]['a']", "generator is an iterator"),
+        ({"a": Hostile()}, "$['a']", "Hostile"),
+        ({1: {b"k": {None: Colour.RED}}}, "$[1][b'k'][None]", "enum"),
+        ([Level.LOW], "$[0]", "enum"),
+        (OrderedDict(a=1), "$", "a kind of dict"),
+        ([Counter("a")], "$[0]", "a kind of dict"),
+        ((Point(1, 2),), "$[0]", "a kind of tuple"),
+        ({"s": "ok\ud800"}, "$['s']", "lone surrogate (\\ud800) at character 2"),
+        ({"x": {"\udfff": 1}}, "$['x'].key('\\udfff')", "lone surrogate"),
+        ({"x": {(1, object()): 1}}, "$['x'].key(<tuple>)[1]", "object"),
+        ({"x": {(1, "\ud800")}}, "$['x'].member(<tuple>)[1]", "lone surrogate"),
+        ([datetime(2026, 1, 1, tzinfo=NoOffset())], "$[0]", "gives no offset"),
+        ([datetime(2026, 1, 1, tzinfo=Raises())], "$[0]", "LookupError: no such zone"),
+        ([time(1, tzinfo=PARIS)], "$[0]", "gives no offset"),
+        ([Result(b"x")], "$[0]", "return it alone"),
+        ([range(3)], "$[0]", "range"),
+        ({"k" * 500: object()}, "$['" + "k" * 56 + "...]", "object"),
+        ([memoryview(b"abcd")[::2]], "$[0]", "contiguous"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_with_its_place(value, path, reason):
+    with pytest.raises(UnpackableResult) as caught:
+        pack(value)
+    assert caught.value.path == path
+    assert reason in caught.value.reason
+    str(caught.value).encode()
+
+
+def test_numpy_scalars_are_refused():
+    float64 = type("float64", (float,), {"__module__": "numpy"})
+    with pytest.raises(UnpackableResult, match=r"at \$\['x'\]: numpy.float64 .*\.item\(\)"):
+        pack({"x": float64(1)})
+
+
+def nested(levels, wrap, inside=1):
+    value = inside
+    for _ in range(levels):
+        value = wrap(value)
+    return value
+
+
+WRAPS = {
+    "list": lambda value: [value],
+    "tuple": lambda value: (value,),
+    "dict": lambda value: {"a": value},
+    "mixed": lambda value: [({1: value},)],
+}
+
+
+@pytest.mark.parametrize("wrap", [WRAPS["list"], WRAPS["tuple"], WRAPS["dict"]], ids=["list", "tuple", "dict"])
+def test_the_depth_ends_at_64(wrap):
+    deepest = nested(MAX_DEPTH, wrap)
+    assert same(unpack(pack(deepest)), deepest)
+    with pytest.raises(UnpackableResult, match="more than 64 containers inside each other") as caught:
+        pack(wrap(deepest))
+    assert caught.value.path.count("[") == MAX_DEPTH
+
+
+def test_keys_and_sets_count_as_depth():
+    key = nested(MAX_DEPTH - 1, WRAPS["tuple"])
+    assert unpack(pack({key: 1})) == {key: 1}
+    with pytest.raises(UnpackableResult, match="more than 64"):
+        pack({(key,): 1})
+    with pytest.raises(UnpackableResult, match="more than 64"):
+        pack([{key}])
+
+
+@pytest.mark.parametrize("levels", [65, 300, 600, 5_000, 100_000])
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_a_deeper_value_is_refused_cleanly(wrap, levels):
+    value = nested(levels, wrap)
+    with pytest.raises(UnpackableResult, match="more than 64"):
+        pack(value)
+    while type(value) in (list, tuple, dict):  # take it apart: comparing or freeing it must not recurse
+        value = (
+            value["a"]
+            if isinstance(value, dict) and "a" in value
+            else (value[1] if isinstance(value, dict) else value[0])
+        )
+
+
+def test_a_value_that_contains_itself_is_refused():
+    straight: list = []
+    straight.append(straight)
+    wide: list = []
+    wide.extend([wide, wide, wide])
+    through_tuple: list = []
+    through_tuple.append((1, through_tuple))
+    mapping: dict = {}
+    mapping["a"] = {"b": [mapping]}
+    for value, path in [(straight, "$[0]"), (wide, "$[0]"), (through_tuple, "$[0][1]"), (mapping, "$['a']['b'][0]")]:
+        with pytest.raises(UnpackableResult, match="contains itself") as caught:
+            pack(value)
+        assert caught.value.path == path
+
+
+def test_one_object_in_two_places_is_no_recursion():
+    row = [1, 2]
+    assert unpack(pack({"a": row, "b": (row, row)})) == {"a": row, "b": (row, row)}
+    with pytest.raises(UnpackableResult) as caught:
+        pack({"a": row, "b": (row, row, object())})
+    assert caught.value.path == "$['b'][2]"
+
+
+@pytest.mark.parametrize("levels", [MAX_DEPTH + 1, 200, 1_000, 2_000, 50_000])
+@pytest.mark.parametrize("head", [b"\x91", b"\x81\x01", b"\x92\xd4Rt", b"\xdd\x00\x00\x00\x01"])
+def test_bytes_that_nest_deeper_are_corrupt(head, levels):
+    with pytest.raises(CorruptResult):
+        unpack(head * levels + b"\x01")
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        b"", b"\xc1", b"\x01\x01", b"\x92\x01", b"\x81\x90\x01", b"\x81\x80\x01", b"\xa1\xff", b"\xd4Rt",
+        b"\x92\x01\xd4Rt", b"\x82\xd4Rt\x01\x02\x03", b"\x92\xd4Rs\x90", b"\xd4Rz", b"\xc7\x01Rt", b"\xc7\x00R",
+        b"\xd8R" + b"u" * 16,
+        b"\xc7\x05Rn1,00", b"\xc7\x04Rnabc", b"\xd7RD2026-0", b"\xc7\x0cRp" + b"\xff\x7f" * 5 + b"x", b"\xd4\xff\x00",
+        b"\xc7\x0b\xff" + b"\xff" * 11,
+    ],
+)  # fmt: skip
+def test_malformed_bytes_are_corrupt(packed):
+    with pytest.raises(CorruptResult):
+        unpack(packed)
+
+
+def test_more_bytes_than_the_reader_allows_are_corrupt():
+    with pytest.raises(CorruptResult, match="more than 10"):
+        unpack(pack("x" * 10), max_bytes=10)
+
+
+BOMBS = {
+    "a huge array of nil": lambda: b"\xdd" + (2_000_000).to_bytes(4, "big") + b"\xc0" * 2_000_000,
+    "empty lists in lists": lambda: b"\x92" + (b"\xdd" + (990_000).to_bytes(4, "big") + b"\x90" * 990_000) * 2,
+    "headers that claim and nest": lambda: b"\xdd\x00\x00\xff\x00" * 400_000,
+    "claims within the depth": lambda: b"\xdd\x00\x0f\x00\x00" * 60 + b"\xc0" * 1_900_000,
+    "a cut array": lambda: b"\xdd\x00\x0f\x00\x00" + b"\xc0" * 100_000,
+    "a str that claims": lambda: b"\xdb\x7f\xff\xff\xff" + b"x" * 100_000,
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+def test_a_bomb_is_refused_within_bounded_memory(bomb, monkeypatch):
+    """At a tenth of the real limit. tracemalloc counts what is asked for, touched or not."""
+    monkeypatch.setattr(codec, "MAX_ITEMS", 1_000_000)
+    packed = bomb()
+    with traced(100_000_000), pytest.raises(CorruptResult):
+        unpack(packed)
+
+
+@contextlib.contextmanager
+def traced(max_bytes):
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < max_bytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_more_items_than_the_reader_takes_are_refused_when_packed(monkeypatch):
+    monkeypatch.setattr(codec, "MAX_ITEMS", 100)
+    assert unpack(pack(list(range(100)))) == list(range(100))
+    tagged = [tuple(range(100)), dict.fromkeys(range(100), ())]
+    assert unpack(pack(tagged[:1])) == tagged[:1]
+    with pytest.raises(UnpackableResult, match=r"\$\['a'\]: more than 100 items"):
+        pack({"a": list(range(101))})
+    with pytest.raises(UnpackableResult, match="more than 100 items or containers"):
+        pack([[[] for _ in range(60)], [{} for _ in range(60)]])
+
+
+def test_the_scan_leaves_exactly_the_depth():
+    codec._scan(b"\x91" * MAX_DEPTH + b"\xc0")
+    with pytest.raises(ValueError):
+        codec._scan(b"\x91" * (MAX_DEPTH + 1) + b"\xc0")
+
+
+def test_a_wide_value_of_shared_parts_is_blamed_quickly():
+    value: object = [object()]
+    for _ in range(40):
+        value = [value, value]
+    with pytest.raises(UnpackableResult, match="object"):
+        pack(value)
+
+
+# --- Result -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"data": 5}, {"data": None}, {"data": b"", "content_type": "text"},
+        {"data": b"", "content_type": "a/b\r\nX: y"},
+        {"data": b"", "content_type": "a/ü"}, {"data": b"", "content_type": 5}, {"data": b"", "filename": "../x"},
+        {"data": b"", "filename": "a\\b"}, {"data": b"", "filename": "a\nb"}, {"data": b"", "filename": ""},
+        {"data": b"", "filename": ".."}, {"data": b"", "filename": "a\u202egpj.exe"},
+        {"data": b"", "filename": "\ud800"}, {"data": b"", "filename": "x" * 256}, {"data": b"", "content_type": ""},
+    ],
+)  # fmt: skip
+def test_a_result_with_a_bad_name_or_type_is_refused(arguments):
+    with pytest.raises(UnpackableResult):
+        Result(**arguments)
+
+
+def test_a_result_comes_back_with_type_and_name():
+    given = Result(b"a;b", content_type="text/csv; charset=utf-8", filename="Städte 2026.csv")
+    assert round_trip(given) == given
+    assert round_trip(Result("ü")) == Result("ü".encode(), "text/plain; charset=utf-8")
+    assert round_trip(Result(b"")) == Result(b"", "application/octet-stream")
+    assert round_trip(Result([b"a", b"b"])).data == b"ab"
+    assert round_trip(Result(io.BytesIO(b"abc"))).data == b"abc"
+
+
+# --- encode and decode ------------------------------------------------------------------------------------------------
+
+
+def stored_form(value, chosen=SMALL, **options):
+    """Encode; the envelope as it comes back from its fields, and the stored pieces."""
+    encoded = encode(value, chosen, **options)
+    pieces = [chunk for n, chunk in encoded.chunks()]
+    if encoded.inline is not None:
+        assert pieces == []
+        pieces = [encoded.inline]
+    fields = [field.encode() if isinstance(field, str) else field for field in encoded.envelope.to_fields()]
+    envelope = Envelope.from_fields(dict(zip(fields[::2], fields[1::2], strict=True)) | {b"data": b"..."})
+    assert envelope == encoded.envelope
+    assert (encoded.inline is None) == (envelope.chunks > 0)
+    assert envelope.stored == sum(map(len, pieces))
+    return envelope, pieces
+
+
+def round_trip(value, chosen=SMALL, **options):
+    envelope, pieces = stored_form(value, chosen, **options)
+    back = decode_chunks(envelope, pieces)
+    if not envelope.chunks:
+        again = decode(envelope, pieces[0])
+        assert same(again, back) if not isinstance(back, Result) else again == back
+    return back
+
+
+def stream(data, step=7):
+    return (data[start : start + step] for start in range(0, len(data), step))
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 999, 1_000])
+def test_bytes_text_values_and_streams_of_every_size_come_back(size):
+    data = bytes(n * 7 % 251 for n in range(size))
+    assert round_trip(data) == data
+    assert round_trip(bytearray(data)) == data
+    assert round_trip(memoryview(data)) == data
+    assert round_trip("x" * size) == "x" * size
+    assert round_trip(stream(data)) == data
+    assert round_trip(iter([data])) == data
+    assert round_trip(io.BytesIO(data)) == data
+    assert round_trip([data[: size // 2]]) == [data[: size // 2]]
+
+
+def test_kinds_have_their_content_types():
+    assert [stored_form(value)[0].kind for value in (1, [b"a"], b"a", "a", iter([b"a"]), Result(b"a"))] == [
+        "value", "value", "bytes", "text", "bytes", "result",
+    ]  # fmt: skip
+    assert stored_form(1)[0].content_type == "application/msgpack"
+    assert stored_form("a")[0].content_type == "text/plain; charset=utf-8"
+    assert stored_form(b"a")[0].content_type == "application/octet-stream"
+
+
+def test_a_small_result_is_inline_and_ready_at_once():
+    encoded = encode({"a": 1}, SMALL)
+    assert encoded.inline == b"\x81\xa1a\x01"
+    assert encoded.envelope == Envelope(kind="value", size=4, stored=4, checksum=f"{zlib.crc32(encoded.inline):08x}")
+    assert list(encoded.chunks()) == []
+
+
+def test_a_chunk_holds_exactly_its_bytes():
+    data = bytes(range(100))
+    for value in (data, stream(data, 1), stream(data, 50), iter([data])):
+        envelope, pieces = stored_form(value)
+        assert [piece[4:] for piece in pieces] == [data[0:32], data[32:64], data[64:96], data[96:]]
+        assert (envelope.chunks, envelope.chunk_bytes, envelope.size) == (4, 32, 100)
+
+
+def test_a_stream_that_turns_out_small_is_inline():
+    assert encode(stream(b"x" * 16), SMALL).inline == b"x" * 16
+    assert encode(stream(b"x" * 17), SMALL).inline is None
+
+
+def test_inline_may_be_larger_than_a_chunk():
+    chosen = replace(SMALL, inline_bytes=100)
+    assert encode(b"x" * 100, chosen).inline == b"x" * 100
+    assert encode(stream(b"x" * 100), chosen).inline == b"x" * 100
+    assert round_trip(stream(bytes(range(101))), chosen) == bytes(range(101))
+
+
+def test_a_stream_is_read_only_as_far_as_needed():
+    read = []
+
+    def pieces():
+        for n in range(100):
+            read.append(n)
+            yield b"x" * 8
+
+    encoded = encode(pieces(), SMALL)
+    assert len(read) == 5
+    chunks = encoded.chunks()
+    next(chunks)
+    assert len(read) == 5
+    next(chunks)
+    assert len(read) == 8
+    encoded.close()
+
+
+def test_the_envelope_is_ready_after_the_last_chunk_only():
+    encoded = encode(b"x" * 100, SMALL)
+    with pytest.raises(RuntimeError):
+        _ = encoded.envelope
+    assert len(list(encoded.chunks())) == encoded.envelope.chunks == 4
+    with pytest.raises(RuntimeError):
+        encoded.chunks()
+
+
+@pytest.mark.parametrize("value", [b"x" * 1_001, "x" * 1_001, ["x" * 1_000], Result(b"x" * 1_001)])
+def test_a_result_that_is_too_large_is_refused_at_once(value):
+    with pytest.raises(ResultTooLarge) as caught:
+        encode(value, SMALL)
+    assert caught.value.limit == 1_000
+
+
+def test_an_endless_stream_is_refused_when_it_passes_the_limit():
+    closed = []
+
+    def endless():
+        try:
+            while True:
+                yield b"x" * 10
+        finally:
+            closed.append(True)
+
+    written = []
+    with pytest.raises(ResultTooLarge):
+        written.extend(encode(endless(), SMALL).chunks())
+    assert len(written) <= 1_000 // 32
+    assert closed == [True]
+
+
+@pytest.mark.parametrize("bad", [1, "text", None, [b"x"]])
+def test_an_iterator_of_other_things_is_refused_with_the_index(bad):
+    for pieces in ([b"a", bad], [*[b"x" * 10] * 9, bad]):
+        with pytest.raises(UnpackableResult) as caught:
+            list(encode(iter(pieces), SMALL).chunks())
+        assert caught.value.path == f"$[{len(pieces) - 1}]"
+    with pytest.raises(UnpackableResult) as caught:
+        encode(Result([b"a", bad]), SMALL)
+    assert caught.value.path == "$.data[1]"
+
+
+def test_a_text_file_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    file = open(tmp_path / "a.txt")  # noqa: SIM115  closed by encode
+    with pytest.raises(UnpackableResult, match="binary mode"):
+        encode(file, SMALL)
+    assert file.closed
+
+
+def test_a_lone_surrogate_in_text_is_refused():
+    with pytest.raises(UnpackableResult, match="lone surrogate at character 1"):
+        encode("a\ud800", SMALL)
+    with pytest.raises(UnpackableResult, match="lone surrogate"):
+        encode(Result("\ud800"), SMALL)
+
+
+class Source(io.BytesIO):
+    closings = 0
+
+    def close(self):
+        self.closings += 1
+        super().close()
+
+
+def test_the_source_is_closed_at_the_end_and_on_error():
+    small, large, huge, dropped, unused = (Source(b"x" * size) for size in (1, 100, 2_000, 100, 100))
+    encode(small, SMALL)
+    assert small.closings == 1
+    chunks = encode(Result(large), SMALL).chunks()
+    assert large.closings == 0
+    list(chunks)
+    assert large.closings == 1
+    with pytest.raises(ResultTooLarge):
+        list(encode(huge, SMALL).chunks())
+    assert huge.closings == 1
+    started = encode(dropped, SMALL).chunks()
+    next(started)
+    started.close()
+    assert dropped.closings == 1
+    encoded = encode(unused, SMALL)
+    encoded.close()
+    encoded.close()
+    assert unused.closings == 1
+
+
+def test_the_error_of_a_generator_passes_and_closes_it():
+    def failing():
+        yield b"x" * 100
+        raise LookupError("database gone")
+
+    chunks = encode(failing(), SMALL).chunks()
+    with pytest.raises(LookupError, match="database gone"):
+        list(chunks)
+
+
+# --- compression ------------------------------------------------------------------------------------------------------
+
+SQUEEZE = Settings(inline_bytes=200, chunk_bytes=1_000, compress_above=100)
+
+
+@pytest.mark.parametrize("zstd", ENGINES)
+@pytest.mark.parametrize("size", [101, 999, 1_000, 1_001, 5_555])
+def test_what_shrinks_is_compressed_chunk_by_chunk(size, zstd):
+    data = (b"abcdefgh" * 1_000)[:size]
+    for value in (data, stream(data), data.decode(), [data], io.BytesIO(data)):
+        envelope, pieces = stored_form(value, SQUEEZE, zstd=zstd)
+        assert envelope.encoding == ("zstd" if zstd else "zlib")
+        assert envelope.stored < envelope.size // 3
+        assert len(pieces) == -(-envelope.size // 1_000)
+    assert round_trip([data], SQUEEZE, zstd=zstd) == [data]
+    assert round_trip(stream(data), SQUEEZE, zstd=zstd) == data
+
+
+def test_what_is_small_or_does_not_shrink_is_left_alone():
+    noise = random.Random(1).randbytes(5_000)
+    assert stored_form(b"a" * 100, SQUEEZE)[0].encoding == ""
+    for value in (noise, stream(noise), noise[:900]):
+        assert stored_form(value, SQUEEZE)[0].encoding == ""
+    assert round_trip(noise, SQUEEZE) == noise
+
+
+def test_the_first_chunk_decides():
+    noise = random.Random(1).randbytes(1_000)
+    assert stored_form(noise + b"a" * 1_000, SQUEEZE)[0].encoding == ""
+    for zstd in ENGINES:
+        assert round_trip(b"a" * 1_000 + noise, SQUEEZE, zstd=zstd) == b"a" * 1_000 + noise
+
+
+def test_zlib_is_used_where_zstd_is_missing(monkeypatch):
+    monkeypatch.setattr(codec, "_zstd", lambda: None)
+    assert stored_form(b"a" * 500, SQUEEZE)[0].encoding == "zlib"
+    with pytest.raises(ConfigError, match=r"install rqarm\[zstd\]"):
+        encode(b"a" * 500, SQUEEZE, zstd=True)
+
+
+@pytest.mark.skipif(len(ENGINES) == 1, reason="this Python has no zstd")
+def test_a_reader_without_zstd_is_told_to_install_it(monkeypatch):
+    envelope, pieces = stored_form(b"a" * 500, SQUEEZE, zstd=True)
+    monkeypatch.setattr(codec, "_zstd", lambda: None)
+    with pytest.raises(VersionSkew, match=r"install rqarm\[zstd\]"):
+        decode(envelope, pieces[0])
+
+
+def test_without_any_zstd_module_there_is_none(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setitem(sys.modules, "compression.zstd", None)
+    codec._zstd.cache_clear()
+    assert codec._zstd() is None
+    codec._zstd.cache_clear()
+
+
+@pytest.mark.parametrize("zstd", ENGINES)
+def test_a_zip_bomb_inflates_no_further_than_the_envelope_says(zstd):
+    bomb = codec._zstd().compress(b"\0" * 200_000_000) if zstd else zlib.compress(b"\0" * 200_000_000, 1)
+    envelope = Envelope(
+        kind="bytes", size=1_000, stored=len(bomb), checksum="00000000", encoding="zstd" if zstd else "zlib"
+    )
+    chunked = replace(envelope, chunks=1, chunk_bytes=1_000)
+    with traced(5_000_000):
+        with pytest.raises(CorruptResult):
+            decode(envelope, bomb)
+        with pytest.raises(CorruptResult):
+            decode_chunks(chunked, [b"\0\0\0\0" + bomb])
+        with pytest.raises(CorruptResult):
+            open_reader(chunked, lambda n: b"\0\0\0\0" + bomb).read()
+    with pytest.raises(ResultTooLarge):
+        decode(replace(envelope, size=200_000_000), bomb, max_bytes=100_000_000)
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zstd", ENGINES)
+@pytest.mark.parametrize("compress_above", [100, 10_000])
+@pytest.mark.parametrize("size", [150, 2_500])
+def test_a_flipped_bit_is_seen(size, compress_above, zstd):
+    """Or it is one of the few that a compressed stream does not use: then the value is right."""
+    chosen = replace(SQUEEZE, compress_above=compress_above)
+    data = (b"abcdefgh" * 1_000)[:size]
+    envelope, pieces = stored_form(data, chosen, zstd=zstd)
+    seen = harmless = 0
+    for n, piece in enumerate(pieces):
+        for at in range(0, len(piece), max(1, len(piece) // 50)):
+            damaged = piece[:at] + bytes([piece[at] ^ (1 << at % 8)]) + piece[at + 1 :]
+            reader = open_reader(envelope, lambda m, n=n, damaged=damaged: damaged if m == n else pieces[m])
+            reader.seek(n * envelope.chunk_bytes)
+            try:
+                assert decode_chunks(envelope, [*pieces[:n], damaged, *pieces[n + 1 :]]) == data
+                harmless += 1
+                assert reader.read() == data[n * envelope.chunk_bytes :]
+            except CorruptResult:
+                seen += 1
+                with pytest.raises(CorruptResult):
+                    reader.read()
+    assert seen > 10 * harmless
+    assert envelope.encoding or not harmless
+
+
+def test_cut_missing_swapped_and_surplus_chunks_are_seen():
+    envelope, pieces = stored_form(b"x" * 96)
+    assert decode_chunks(envelope, pieces) == b"x" * 96
+    for chunks in (
+        [], pieces[:-1], [*pieces, pieces[0]], [pieces[1], pieces[0], pieces[2]], [None, *pieces[1:]],
+        [pieces[0], None, pieces[2]], [b"", *pieces[1:]], [pieces[0][:3], *pieces[1:]], [pieces[0][:-1], *pieces[1:]],
+        [pieces[0] + b"x", *pieces[1:]],
+    ):  # fmt: skip
+        with pytest.raises(CorruptResult):
+            decode_chunks(envelope, chunks)
+    with pytest.raises(CorruptResult):
+        decode(envelope, b"".join(pieces))
+    with pytest.raises(CorruptResult, match="chunk 1 of 3 is missing"):
+        open_reader(envelope, {0: pieces[0]}.get).read()
+    with pytest.raises(CorruptResult):
+        open_reader(envelope, lambda n: pieces[1 - n]).read(1)
+    with pytest.raises(ResultTooLarge):
+        decode_chunks(envelope, pieces, max_bytes=95)
+
+
+def test_text_that_is_no_utf8_is_corrupt():
+    envelope = Envelope(kind="text", size=1, stored=1, checksum=f"{zlib.crc32(bytes([255])):08x}")
+    with pytest.raises(CorruptResult, match="UTF-8"):
+        decode(envelope, b"\xff")
+
+
+GOOD = {
+    b"v": b"1", b"kind": b"result", b"size": b"100", b"stored": b"116", b"sum": b"0123abcd", b"type": b"text/csv",
+    b"file": b"a.csv", b"chunks": b"4", b"chunk": b"32",
+}  # fmt: skip
+
+
+def test_the_fields_are_few_and_readable():
+    assert Envelope(kind="value", size=4, stored=4, checksum="00000001").to_fields() == [
+        "v", "1", "kind", "value", "size", "4", "stored", "4", "sum", "00000001",
+    ]  # fmt: skip
+    envelope = Envelope.from_fields(GOOD)
+    assert envelope == Envelope(
+        kind="result", size=100, stored=116, checksum="0123abcd", content_type="text/csv", filename="a.csv", chunks=4,
+        chunk_bytes=32,
+    )  # fmt: skip
+    assert len(envelope.to_fields()) == 2 * len(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (b"v", b""), (b"v", b"x"), (b"v", b"-1"), (b"v", "²".encode()), (b"kind", b""),
+        (b"kind", b"pickle"), (b"kind", b"\xff"), (b"size", b""), (b"size", b"1e3"), (b"size", b"-5"),
+        (b"size", b"9" * 16), (b"size", b"99999"), (b"size", b"0"),
+        (b"stored", b""), (b"stored", b"5"), (b"stored", b"\xff"), (b"sum", b""), (b"sum", b"0123ABCD"),
+        (b"sum", b"0123abcd0"), (b"sum", b"0123abcd\n"), (b"type", b"nonsense"), (b"type", b"a/b\nc"),
+        (b"file", b"a/b"), (b"file", b"\xff"), (b"enc", b"gzip"), (b"chunks", b"0"), (b"chunks", b"5"),
+        (b"chunks", b"x"), (b"chunks", b"3"), (b"chunk", b"0"), (b"chunk", b"1"),
+        (b"chunk", b"999999999999"), (b"chunk", b""),
+    ],
+)  # fmt: skip
+def test_a_nonsense_field_is_corrupt(name, text):
+    with pytest.raises(CorruptResult):
+        Envelope.from_fields(GOOD | {name: text})
+
+
+@pytest.mark.parametrize("name", [b"v", b"kind", b"size", b"stored", b"sum", b"chunks", b"chunk"])
+def test_a_missing_field_is_corrupt(name):
+    with pytest.raises(CorruptResult):
+        Envelope.from_fields({field: text for field, text in GOOD.items() if field != name})
+
+
+def test_an_unknown_version_is_a_skew():
+    with pytest.raises(VersionSkew, match="version 2"):
+        Envelope.from_fields({b"v": b"2", b"other": b"rules"})
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*sorted(GOOD), b"enc"]), st.binary(max_size=12) | st.sampled_from(list(GOOD.values()))
+    )
+)
+def test_any_fields_give_an_envelope_or_a_clean_error(fields):
+    with contextlib.suppress(CorruptResult, VersionSkew):
+        Envelope.from_fields(GOOD | fields)
+
+
+# --- reading with seeks -----------------------------------------------------------------------------------------------
+
+moves = st.lists(
+    st.one_of(
+        st.tuples(st.just("read"), st.integers(-1, 120)),
+        st.tuples(st.just("seek"), st.integers(0, 400)),
+        st.tuples(st.just("jump"), st.integers(-400, 0)),
+        st.tuples(st.just("skip"), st.integers(0, 60)),
+    ),
+    max_size=20,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(st.binary(max_size=300) | st.integers(0, 300).map(lambda size: b"ab" * size), moves, st.booleans())
+def test_a_reader_behaves_like_a_file(data, moves, is_raw):
+    chosen = replace(SMALL, compress_above=20)
+    envelope, pieces = stored_form(stream(data), chosen, zstd=False)
+    fetch = dict(enumerate(pieces)).get
+    ours = ChunkReader(envelope, fetch) if is_raw else open_reader(envelope, fetch)
+    theirs = io.BytesIO(data)
+    for verb, number in moves:
+        if verb == "read" and is_raw and number >= 0:
+            # a raw read may give less, but not nothing before the end
+            piece = ours.read(number)
+            assert piece == theirs.read(len(piece))
+            assert piece or not number or theirs.read(1) == b""
+            theirs.seek(ours.tell())
+        elif verb == "read":
+            assert ours.read(number) == theirs.read(number)
+        elif verb == "seek":
+            assert ours.seek(number) == theirs.seek(number)
+        elif verb == "skip":
+            assert ours.seek(number, io.SEEK_CUR) == theirs.seek(number, io.SEEK_CUR)
+        elif -number <= len(data):
+            assert ours.seek(number, io.SEEK_END) == theirs.seek(number, io.SEEK_END)
+        assert ours.tell() == theirs.tell()
+    ours.seek(0)
+    assert ours.read() == data
+
+
+def test_a_reader_fetches_only_the_chunks_it_needs():
+    envelope, pieces = stored_form(bytes(range(100)))
+    fetched = []
+
+    def fetch(n):
+        fetched.append(n)
+        return pieces[n]
+
+    reader = ChunkReader(envelope, fetch)
+    reader.seek(70)
+    assert reader.read(10) == bytes(range(70, 80))
+    assert reader.read(100) == bytes(range(80, 96))
+    assert fetched == [2]
+    assert reader.read(100) == bytes(range(96, 100))
+    assert reader.read(100) == b""
+    assert fetched == [2, 3]
+
+
+def test_a_reader_gives_msgpack_for_values_and_text_lines_for_text():
+    envelope, pieces = stored_form({"a": 1})
+    assert unpack(open_reader(envelope, pieces.__getitem__).read()) == {"a": 1}
+    envelope, pieces = stored_form("eins\nzwei\n" * 20)
+    assert list(open_reader(envelope, pieces.__getitem__)) == [b"eins\n", b"zwei\n"] * 20
+
+
+def test_a_reader_refuses_writes_bad_seeks_and_use_after_closing():
+    envelope, pieces = stored_form(b"x" * 100)
+    reader = ChunkReader(envelope, pieces.__getitem__)
+    assert (reader.readable(), reader.seekable(), reader.writable()) == (True, True, False)
+    for arguments in ((-1,), (0, 7), (-101, io.SEEK_END)):
+        with pytest.raises(ValueError):
+            reader.seek(*arguments)
+    reader.close()
+    for use in (reader.tell, reader.read, lambda: reader.seek(0), lambda: reader.readinto(bytearray(1))):
+        with pytest.raises(ValueError):
+            use()
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_comes_back_as_text():
+    try:
+        raise LookupError("no such country")
+    except LookupError as error:
+        fields = unpack_error(pack_error(error))
+    assert (fields["type"], fields["message"]) == ("LookupError", "no such country")
+    assert "raise LookupError" in fields["traceback"]
+    assert unpack_error(pack_error(CorruptResult, "bad", "trace")) == {
+        "type": "rqarm.errors.CorruptResult", "message": "bad", "traceback": "trace",
+    }  # fmt: skip
+    assert unpack_error(pack_error("Timeout", "after 5 s"))["type"] == "Timeout"
+
+
+def test_a_long_error_keeps_the_head_of_its_message_and_the_tail_of_its_traceback():
+    packed = pack_error("E", "m\ud800" + "ä" * 9_000, "t" * 99_000 + "ä" * 4_000 + "the end")
+    fields = unpack_error(packed)
+    assert len(packed) < 21_000
+    assert fields["message"].startswith("m\\ud800ää")
+    assert len(fields["message"].encode()) <= 4_096
+    assert fields["traceback"].startswith("...t")
+    assert fields["traceback"].endswith("äthe end")
+    assert len(fields["traceback"].encode()) <= 16_384
+
+
+def test_an_exception_whose_text_fails_is_still_packed():
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError("no")
+
+    assert "RuntimeError" in unpack_error(pack_error(Mute()))["message"]
+
+
+@given(st.binary(max_size=100) | values.map(pack))
+def test_any_bytes_are_read_as_an_error(packed):
+    fields = unpack_error(packed)
+    assert set(fields) == {"type", "message", "traceback"}
+    assert all(type(text) is str for text in fields.values())
+
+
+def test_the_code_of_the_extension_is_fixed():
+    """Stored results of older versions depend on it."""
+    assert pack((1, 2**64)) == b"\x93" + bytes([0xD4, EXT_CODE]) + b"t\x01" + bytes(
+        [0xC7, 10, EXT_CODE]
+    ) + b"i\x01" + bytes(8)
