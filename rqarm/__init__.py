@@ -3,6 +3,8 @@
 Importing it does nothing: no connection, no thread, no file. Start with ``RequestManager`` and ``Handlers``.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from rqarm.aio import AsyncRequestManager
 from rqarm.codec import Result
 from rqarm.context import Context
@@ -31,6 +33,9 @@ from rqarm.handlers import Handlers, Retry
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, Outcome, Priority, State
 from rqarm.request import BatchRequest
+
+if TYPE_CHECKING:
+    from rqarm.worker import Worker
 
 __version__ = "0.1.0"
 
@@ -65,4 +70,14 @@ __all__ = [
     "UnpackableResult",
     "VersionSkew",
     "WaitTimeout",
+    "Worker",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``rqarm.Worker`` for ``rq worker -w rqarm.Worker``; loaded when asked for, clients do not need it."""
+    if name == "Worker":
+        from rqarm.worker import Worker
+
+        return Worker
+    raise AttributeError(f"module 'rqarm' has no attribute {name!r}")

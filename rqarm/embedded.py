@@ -146,7 +146,8 @@ def stop(home: Path | None = None, timeout: float = 10.0) -> bool:
     """End the shared server and wait until it is gone. True if one ran. Its data stay.
 
     It is asked to shut down; after ``timeout`` seconds it is killed, which loses nothing that it had acknowledged and
-    written. Raises EmbeddedError, and ends nothing, when whoever answers on our socket is not our server or is silent.
+    written. Raises EmbeddedError, and kills nothing, when whoever answers on our socket is not our server, is silent,
+    or refuses to shut down.
     """
     place = _Place.of(home)
     place.check()
@@ -158,11 +159,9 @@ def stop(home: Path | None = None, timeout: float = 10.0) -> bool:
                 return False
             raise EmbeddedError(f"the server on {place.socket} was not started by rqarm: end it the way it was started")
         pid = _ask_to_end(place)
-        if _wait(lambda: not _is_held(place.record), timeout):
-            pass
-        elif pid is None:
-            raise _stranded(place)
-        else:
+        if not _wait(lambda: not _is_held(place.record), timeout):
+            if pid is None:
+                raise _stranded(place)
             # Still ours: it answered with this id and has held the lock ever since.
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -564,15 +563,21 @@ def _bring_up(place: _Place) -> None:
         # Closed, not unlocked: the server's copy keeps the lock.
         os.close(descriptor)
     _wait_ready(place.socket, place.log, written, lambda: _is_held(place.record))
-    _write_record(place, binary)
+    try:
+        _write_record(place, binary)
+    except redis.RedisError as error:
+        raise EmbeddedError(
+            f"the server on {place.socket} ended as soon as it was up: {error}; its log:", log=_tail(place.log, written)
+        ) from error
 
 
 def _ask_to_end(place: _Place) -> int | None:
-    """Send SHUTDOWN; the server's own word for its process id, None when it says nothing (or has just died)."""
+    """Send SHUTDOWN; the server's own word for its process id, None when it says nothing or refuses to end."""
     try:
         with _client(place.socket) as client:
             pid = int(client.info("server")["process_id"])
-            client.shutdown()
+            with suppress(redis.TimeoutError):  # still ending
+                client.shutdown()
     except redis.RedisError:
         return None
     return pid
