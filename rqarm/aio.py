@@ -22,7 +22,9 @@ from rqarm.views import Explanation, explain
 
 @same_docs(RequestManager)
 class AsyncRequestManager:
-    def __init__(self, url: str | None = None, *, connection: redis.asyncio.Redis | None = None, **settings: Any) -> None:
+    def __init__(
+        self, url: str | None = None, *, connection: redis.asyncio.Redis | None = None, **settings: Any
+    ) -> None:
         self.settings = Settings.load(url=url, **settings)
         where = connect.default_url(self.settings) if connection is None else GIVEN
         self.core = Core(self.settings, RqJobs(self.settings))

@@ -37,7 +37,9 @@ class Cache:
         stored = self._shell.run(flows.stored_result(self._core, key))
 
         def fetch(n: int) -> bytes | None:
-            return stored.inline if stored.inline is not None else self._shell.execute(self._core.calls.chunk(stored, n))
+            return (
+                stored.inline if stored.inline is not None else self._shell.execute(self._core.calls.chunk(stored, n))
+            )
 
         return codec.open_reader(stored.envelope, fetch)
 

@@ -61,7 +61,7 @@ class Batch(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """An RQ job that was recorded, not sent: its id and the commands that create it, in the form prelude.lua replays."""
+    """An RQ job that was recorded, not sent: its id, and the commands that create it as prelude.lua replays them."""
 
     job_id: str
     commands: bytes
@@ -102,7 +102,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One execution as its holder sees it. ``number`` is 1 for the first, ``retries`` and ``crashes`` count before it."""
+    """One execution as its holder sees it. ``number``: 1 = the first; ``retries`` and ``crashes`` came before it."""
 
     key: Key
     token: Token
@@ -324,7 +324,7 @@ class Calls:
             word, *rest = _held(attempt.key, _words("complete", reply))
             if word == "torn":
                 raise _torn(attempt.key, rest[0])
-            return word
+            return str(word)
 
         argv = (attempt.token, int(sticky), ttl_ms, attempt.request.family, *_envelope_argv(envelope, inline))
         return self._call("complete", attempt.key, argv, parse)

@@ -53,8 +53,16 @@ class Settings:
     allow_volatile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("ttl", "failure_ttl", "lease", "timeout", "max_attempts", "inline_bytes", "chunk_bytes",
-                     "max_result_bytes"):
+        for name in (
+            "ttl",
+            "failure_ttl",
+            "lease",
+            "timeout",
+            "max_attempts",
+            "inline_bytes",
+            "chunk_bytes",
+            "max_result_bytes",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)!r}")
         for name in ("negative_ttl", "max_pending", "compress_above"):

@@ -41,7 +41,9 @@ class RequestUnknown(RqarmError, LookupError):
     """No record of this key: never submitted, expired, forgotten. Submit it."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"no request {key!r} is known: it was never submitted, has expired or was forgotten; submit it")
+        super().__init__(
+            f"no request {key!r} is known: it was never submitted, has expired or was forgotten; submit it"
+        )
         self.key = key
 
 

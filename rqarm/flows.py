@@ -29,13 +29,13 @@ from rqarm.calls import (
     Page,
     Stats,
     Stored,
+    Swept,
     Ticket,
     ms,
 )
 from rqarm.config import Settings
 from rqarm.errors import (
     CorruptResult,
-    InvalidRequest,
     Quarantined,
     RequestCancelled,
     RequestFailed,
@@ -45,7 +45,7 @@ from rqarm.errors import (
     WaitTimeout,
 )
 from rqarm.keys import Keys
-from rqarm.model import BatchStatus, Key, Outcome, Priority, State, Token
+from rqarm.model import BatchStatus, Key, Outcome, Priority, State
 from rqarm.request import BatchRequest, as_request
 from rqarm.uri import Canonical, check_key, redact
 
@@ -324,9 +324,7 @@ def _wait_for(core: Core, key: Key, timeout: float | None) -> Flow[Found]:
     return found
 
 
-def _settle(
-    core: Core, keys: Sequence[Key], timeout: float | None, known: dict[Key, BatchStatus]
-) -> Flow[None]:
+def _settle(core: Core, keys: Sequence[Key], timeout: float | None, known: dict[Key, BatchStatus]) -> Flow[None]:
     """Emits a Found for each key as it ends (or is unknown); returns at the end or when the time is over.
 
     Subscribe, then read, then wait: a result that comes between reading and waiting has left its wake-up behind. The
@@ -402,9 +400,7 @@ def take(core: Core, queue: str | None, worker: str, timeout: float | None) -> F
 
 def start(core: Core, key: Key, job_id: str, worker: str) -> Flow[Attempt | State]:
     """Begin the execution that an RQ job asks for; a State when its ticket is superseded."""
-    answer: Attempt | State = yield core.calls.start(
-        key, job_id, secrets.token_hex(8), worker, ms(core.settings.lease)
-    )
+    answer: Attempt | State = yield core.calls.start(key, job_id, secrets.token_hex(8), worker, ms(core.settings.lease))
     return answer
 
 
@@ -499,7 +495,7 @@ def sweep(core: Core, queue: str | None = None) -> Flow[int]:
     """Find the dead of a queue and set them going again. Returns how many; safe to run anywhere, at any time."""
     queue, healed, cursor = queue or core.settings.queue, 0, 0
     while True:
-        swept = yield core.calls.sweep(queue, cursor)
+        swept: Swept = yield core.calls.sweep(queue, cursor)
         calls: list[Call[str]] = [_heal_lapsed(core, found) for found in swept.lapsed]
         calls += [core.calls.revive(found, _ticket_of(core, found, 0.0)) for found in swept.ticketless]
         if calls:
@@ -513,14 +509,14 @@ def sweep(core: Core, queue: str | None = None) -> Flow[int]:
 def sweep_if_due(core: Core, queue: str | None = None) -> Flow[int]:
     """Sweep unless somebody has, anywhere, within a third of a lease."""
     mine: bool = yield core.calls.claim_sweep()
-    return (yield from sweep(core, queue)) if mine else 0
+    if not mine:
+        return 0
+    return (yield from sweep(core, queue))
 
 
 def _heal_lapsed(core: Core, found: Overdue) -> Call[str]:
     delay = crash_delay(found.crashes)
-    return core.calls.crash(
-        found.key, None, _ticket_of(core, found, delay), delay_ms=ms(delay), error=LAPSED
-    )
+    return core.calls.crash(found.key, None, _ticket_of(core, found, delay), delay_ms=ms(delay), error=LAPSED)
 
 
 def _ticket_of(core: Core, found: Overdue, delay: float) -> Ticket:
@@ -598,5 +594,3 @@ class Refused(ResultNotReady):
 
     def __init__(self, key: str, queue: str) -> None:
         super().__init__(key, f"refused, queue {queue!r} is at its limit (max_pending)")
-
-

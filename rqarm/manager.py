@@ -134,5 +134,3 @@ class RequestManager:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-

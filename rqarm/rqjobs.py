@@ -7,7 +7,6 @@ recording differ from job to job. A contract test compares the keys with those o
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import zlib
 from datetime import UTC, datetime, timedelta
@@ -36,8 +35,11 @@ DESCRIPTION_LENGTH = 200
 SUFFIXES = {Priority.HIGH: "-high", Priority.DEFAULT: "", Priority.LOW: "-low"}
 
 _ID, _DESCRIPTION = "recorded-00000000", "recorded description"
-_EXPECTED = {"enqueue": ["SADD", "HSET", "HSET", "RPUSH"], "front": ["SADD", "HSET", "HSET", "LPUSH"],
-             "schedule": ["SADD", "HSET", "HSET", "ZADD"]}
+_EXPECTED = {
+    "enqueue": ["SADD", "HSET", "HSET", "RPUSH"],
+    "front": ["SADD", "HSET", "HSET", "LPUSH"],
+    "schedule": ["SADD", "HSET", "HSET", "ZADD"],
+}
 
 
 def queue_names(queue: str) -> tuple[str, str, str]:
@@ -130,8 +132,12 @@ class _Template:
                 field = argument
         # neighbours that never change are one piece
         self._pieces: list[bytes | str] = []
-        for is_fixed, group in itertools.groupby(pieces, lambda piece: isinstance(piece, bytes)):
-            self._pieces += [b"".join(group)] if is_fixed else list(group)  # type: ignore[arg-type]
+        for piece in pieces:
+            last = self._pieces[-1] if self._pieces else ""
+            if isinstance(piece, bytes) and isinstance(last, bytes):
+                self._pieces[-1] = last + piece
+            else:
+                self._pieces.append(piece)
 
     @staticmethod
     def _place(how: str, verb: bytes, position: int, field: bytes, argument: bytes) -> bytes | str:

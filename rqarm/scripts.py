@@ -1,6 +1,7 @@
 """Load and describe lua/*.lua.
 
-A script on the wire is: shebang where its header asks for flags, what it needs of the prelude, the file. The header is data: KEYS, ARGV and Returns are read here, and a test holds them against the ``local`` names below it.
+A script on the wire is: shebang where its header asks for flags, what it needs of the prelude, the file. The header is
+data: KEYS, ARGV and Returns are read here, and a test holds them against the ``local`` names below it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -80,7 +80,7 @@ class Shell:
     """Runs flows on a blocking client."""
 
     def __init__(self, keys: Keys, settings: Settings, url: str, client: redis.Redis | None = None) -> None:
-        """A shell for the server at ``url``, or for the ``client`` of somebody else, whose ``url`` then only explains."""
+        """A shell for the server at ``url``, or for somebody else's ``client``; then ``url`` only explains."""
         self._keys, self._settings, self._owns = keys, settings, client is None
         self.client = connect.open_client(url) if client is None else client
         self._open_waiting: Callable[[], redis.Redis] = (
@@ -104,7 +104,7 @@ class Shell:
         """What the flow emits, as it comes."""
         yield from self._drive(flow)
 
-    def _drive(self, flow: Flow[Any]) -> Iterator[Any]:
+    def _drive(self, flow: Flow[Any]) -> Generator[Any, None, Any]:
         watching: Watching | None = None
         with contextlib.ExitStack() as stack:
             stack.callback(flow.close)
@@ -193,7 +193,7 @@ class AsyncShell:
     """Runs flows on an asyncio client."""
 
     def __init__(self, keys: Keys, settings: Settings, url: str, client: redis.asyncio.Redis | None = None) -> None:
-        """A shell for the server at ``url``, or for the ``client`` of somebody else, whose ``url`` then only explains."""
+        """A shell for the server at ``url``, or for somebody else's ``client``; then ``url`` only explains."""
         self._keys, self._settings, self._owns = keys, settings, client is None
         self.client = connect.open_async_client(url) if client is None else client
         self._open_waiting: Callable[[], redis.asyncio.Redis] = (

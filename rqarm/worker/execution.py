@@ -43,7 +43,7 @@ log = logging.getLogger("rqarm.worker")
 HOPELESS = (InvalidRequest, NoHandler, UnpackableResult, ResultTooLarge)
 
 
-class TimeLimit(Exception):  # noqa: N818 -- RQ calls its own JobTimeoutException; people see this name in the record
+class TimeLimit(Exception):
     """The handler ran longer than its time limit."""
 
 
@@ -153,7 +153,7 @@ class Execution:
             self._tell("completed", route)
         except LeaseLost as lost:
             self._tell(f"given up ({lost.state})", route)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 -- whatever a handler raises becomes the request's state
+        except (Exception, SystemExit) as error:  # noqa: BLE001 -- whatever a handler raises, its request must end
             self._end_badly(error, route)
 
     # -- the handler
@@ -178,7 +178,7 @@ class Execution:
             return replace(value, data=self._in_time(value.data, match.route))
         return self._in_time(value, match.route) if inspect.isgenerator(value) else value
 
-    def _in_time(self, pieces: Iterator[bytes], route: Route) -> Iterator[bytes]:
+    def _in_time(self, pieces: Iterator[Any], route: Route) -> Iterator[Any]:
         """The pieces of a handler's generator: what it does between them counts for its time limit."""
         while True:
             try:

@@ -58,7 +58,7 @@ class _Run:
     death: str = ""
 
 
-class Worker(rq.Worker):  # type: ignore[misc]
+class Worker(rq.Worker):
     """Use it like ``rq.Worker``. Jobs that are not ours run as RQ runs them.
 
     ``lease`` and the other settings come from RQARM_*; RQ's serializer is JSON unless another is given.
@@ -67,7 +67,8 @@ class Worker(rq.Worker):  # type: ignore[misc]
     def __init__(self, queues: Any, *args: Any, serializer: Any = None, **kwargs: Any) -> None:
         self.settings = Settings.load()
         kwargs.setdefault("job_monitoring_interval", max(1, int(self.settings.lease / 3)))
-        super().__init__(queues, *args, serializer=serializer or JSONSerializer, **kwargs)
+        kwargs["serializer"] = serializer or JSONSerializer
+        super().__init__(queues, *args, **kwargs)
         self._run: _Run | None = None
         self._swept = 0.0
 
@@ -141,9 +142,7 @@ class Worker(rq.Worker):  # type: ignore[misc]
         namespace, key = job.args
         manager = execution.manager_for(namespace, self.connection)
         began = time.monotonic()
-        attempt = self._patiently(
-            lambda: manager.shell.run(flows.start(manager.core, Key(key), job.id, self.name))
-        )
+        attempt = self._patiently(lambda: manager.shell.run(flows.start(manager.core, Key(key), job.id, self.name)))
         execution.handed_over[job.id] = attempt
         if isinstance(attempt, State):
             return None
@@ -195,7 +194,9 @@ class Worker(rq.Worker):  # type: ignore[misc]
 
     def _account_for(self, run: _Run) -> None:
         """The horse is gone. If its attempt is still open, nobody else can say so."""
-        flow = flows.crash(run.manager.core, run.attempt, codec.pack_error("WorkHorseDied", self._obituary, ""))
+        flow: flows.Flow[object] = flows.crash(
+            run.manager.core, run.attempt, codec.pack_error("WorkHorseDied", self._obituary, "")
+        )
         if run.death == "time limit":
             message = f"the handler did not stop at its limit of {run.limit:g} s and was killed"
             flow = flows.fail(run.manager.core, run.attempt, codec.pack_error(execution.TimeLimit, message, ""))
@@ -221,7 +222,7 @@ class Worker(rq.Worker):  # type: ignore[misc]
             self._obituary = f"the process was killed by {name}, at most {peak_mib} MiB used"
         elif ret_val is not None:
             self._obituary = f"the process exited with code {os.waitstatus_to_exitcode(ret_val)}"
-        super().handle_work_horse_killed(job, retpid, ret_val, rusage)
+        super().handle_work_horse_killed(job, retpid, ret_val, rusage)  # type: ignore[no-untyped-call]
 
     def request_stop_execution(self, execution_id: str) -> None:
         """RQ's stop-job command: for our requests it is a cancellation."""
@@ -241,7 +242,7 @@ class Worker(rq.Worker):  # type: ignore[misc]
     # -- the horse
 
     def setup_work_horse_signals(self) -> None:
-        super().setup_work_horse_signals()
+        super().setup_work_horse_signals()  # type: ignore[no-untyped-call]
         _die_with_parent()
 
 
@@ -261,5 +262,3 @@ def _logical_queues(names: list[str]) -> list[str]:
         next((name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)), name) for name in names
     )
     return list(found)
-
-
