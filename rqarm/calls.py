@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
 
 from rqarm import codec
@@ -20,7 +21,7 @@ from rqarm.keys import RECORD_FIELDS, Keys
 from rqarm.model import BatchStatus, Key, Outcome, Priority, State, Token
 from rqarm.request import BatchRequest
 from rqarm.request import unpack as unpack_request
-from rqarm.scripts import Script, script
+from rqarm.scripts import Script, all_scripts, script
 from rqarm.uri import Canonical
 
 T = TypeVar("T")
@@ -61,10 +62,14 @@ class Batch(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """An RQ job that was recorded, not sent: its id, and the commands that create it as prelude.lua replays them."""
+    """An RQ job that was recorded, not sent: its id, and the commands that create it as prelude.lua replays them.
+
+    ``commands`` is JSON; ``data`` is the one argument in them that is not text.
+    """
 
     job_id: str
-    commands: bytes
+    commands: str
+    data: bytes
 
 
 class Delivery(Protocol):
@@ -177,7 +182,8 @@ class Calls:
     ) -> Call[Found]:
         """Answer from the cache, join, or claim and queue. ``Found.status.outcome`` says which.
 
-        Raises KeyConflict when the key belongs to another request, VersionSkew on a state this version does not know.
+        Raises KeyConflict when the key belongs to another request, CorruptResult when a hit cannot be read, VersionSkew
+        on a state this version does not know.
         """
         key, settings = identity.key, self.settings
         argv = (
@@ -185,6 +191,7 @@ class Calls:
             request.pack(),
             ticket.job_id,
             ticket.commands,
+            ticket.data,
             self.delivery.job_prefix,
             request.queue or settings.queue,
             int(request.priority),
@@ -206,8 +213,11 @@ class Calls:
                 raise KeyConflict(key, identity.text, _text(rest[0]))
             if word == "corrupt":
                 raise _unknown_state(key, rest[0])
+            if word == "new" and not rest[0]:
+                return Found(_new_status(key, request, identity, argv[6], rest[1]), None)
             stored = _stored(key, rest[1]) if word == "hit" else None
-            return Found(_status(key, rest[0], outcome=Outcome(word)), stored)
+            value = stored.value() if stored is not None and stored.inline is not None else None
+            return Found(_status(key, rest[0], _OUTCOMES[word], value), stored)
 
         return self._call("submit", key, argv, parse)
 
@@ -336,24 +346,26 @@ class Calls:
 
     def retry(self, attempt: Attempt, ticket: Ticket, *, delay_ms: int, kwargs: bytes, error: bytes) -> Call[str]:
         """``retried`` | ``already``. Raises LeaseLost."""
-        argv = (attempt.token, ticket.job_id, ticket.commands, delay_ms, kwargs, error)
+        argv = (attempt.token, ticket.job_id, ticket.commands, ticket.data, delay_ms, kwargs, error)
         return self._call("retry", attempt.key, argv, _held_word("retry", attempt.key))
 
     def release(self, attempt: Attempt, ticket: Ticket) -> Call[str]:
         """``released`` | ``already``. Raises LeaseLost."""
-        argv = (attempt.token, ticket.job_id, ticket.commands)
+        argv = (attempt.token, ticket.job_id, ticket.commands, ticket.data)
         return self._call("release", attempt.key, argv, _held_word("release", attempt.key))
 
     # -- healing
 
     def crash(self, key: Key, token: Token | None, ticket: Ticket, *, delay_ms: int, error: bytes) -> Call[str]:
         """``requeued`` | ``quarantined`` | ``already`` | ``alive``. Without a token the lease must have lapsed."""
-        argv = (token or "", ticket.job_id, ticket.commands, delay_ms, self.settings.max_attempts, error)
+        argv = (token or "", ticket.job_id, ticket.commands, ticket.data, delay_ms, self.settings.max_attempts, error)
         return self._call("crash", key, argv, _word("crash"))
 
     def revive(self, found: Overdue, ticket: Ticket) -> Call[str]:
         """``revived`` | ``already`` | ``alive``."""
-        return self._call("revive", found.key, (found.job_id, ticket.job_id, ticket.commands), _word("revive"))
+        return self._call(
+            "revive", found.key, (found.job_id, ticket.job_id, ticket.commands, ticket.data), _word("revive")
+        )
 
     def sweep(self, queue: str, cursor: int = 0) -> Call[Swept]:
         """One step of the search for the dead on this queue; go on while ``cursor`` is not 0."""
@@ -481,11 +493,17 @@ _MISSING = ord("-")
 LAPSED = codec.pack_error("LeaseLapsed", "the worker fell silent for longer than its lease", "")
 
 
+# a dictionary answers ten times as fast as the constructor of an enum
+_STATES: dict[bytes, State] = {state.value.encode(): state for state in State}
+_OUTCOMES: dict[str, Outcome] = {outcome.value: outcome for outcome in Outcome}
+_WORDS: dict[str, dict[bytes, str]] = {s.name: {word.encode(): word for word in s.outcomes} for s in all_scripts()}
+
+
 def _words(verb: str, reply: Any) -> list[Any]:
     """The reply with its first element as a known word. Raises VersionSkew."""
-    if isinstance(reply, list) and reply and isinstance(reply[0], bytes):
-        word = reply[0].decode("ascii", "replace")
-        if word in script(verb).outcomes:
+    if isinstance(reply, list) and reply:
+        word = _WORDS[verb].get(reply[0]) if isinstance(reply[0], bytes) else None
+        if word is not None:
             return [word, *reply[1:]]
     raise VersionSkew(f"{verb} answered {reply!r:.100}, which this version of rqarm does not know: upgrade all parts")
 
@@ -526,9 +544,15 @@ def _stored(key: Key, values: list[bytes | None]) -> Stored | None:
     if not values or values[0] is None:
         return None
     owner, packed, inline = values
-    lines = (packed or b"").split(b"\n")
-    envelope = Envelope.from_fields({name: value for name, _, value in (line.partition(b"=") for line in lines)})
+    envelope = _envelope(packed or b"")
     return Stored(key, _text(owner), envelope, None if envelope.chunks else inline or b"")
+
+
+@lru_cache(maxsize=1024)
+def _envelope(packed: bytes) -> Envelope:
+    """Cached, because what is read often is read with the same envelope, and it takes longer than its value."""
+    lines = (line.partition(b"=") for line in packed.split(b"\n"))
+    return Envelope.from_fields({name: value for name, _, value in lines})
 
 
 def _attempt(key: Key, values: list[Any]) -> Attempt:
@@ -559,7 +583,7 @@ def _fields(packed: bytes) -> dict[str, bytes | None]:
     return fields
 
 
-def _status(key: Key, packed: bytes, outcome: Outcome | None = None) -> BatchStatus:
+def _status(key: Key, packed: bytes, outcome: Outcome | None = None, value: Any = None) -> BatchStatus:
     field = _fields(packed)
     est_ms = int(field["est_ms"] or 0)
     return BatchStatus(
@@ -578,14 +602,30 @@ def _status(key: Key, packed: bytes, outcome: Outcome | None = None) -> BatchSta
         worker=_text(field["worker"]) if field["worker"] else None,
         queue=_text(field["queue"] or b""),
         quarantined=field["quarantined"] == b"1",
+        value=value,
+    )
+
+
+def _new_status(key: Key, request: BatchRequest, identity: Canonical, queue: str, fresh: list[int]) -> BatchStatus:
+    """The record of a claim that was made now: the caller knows all of it but the time and what was learned."""
+    submitted_ms, est_ms = (int(text) for text in fresh)
+    return BatchStatus(
+        key=key,
+        state=State.PENDING,
+        outcome=Outcome.NEW,
+        uri=identity.uri,
+        sticky=request.sticky,
+        submitted=datetime.fromtimestamp(submitted_ms / 1000, UTC),
+        estimated_time=est_ms / 1000 if est_ms else None,
+        queue=queue,
     )
 
 
 def _state(key: Key, word: Any) -> State:
-    try:
-        return State(_text(word))
-    except ValueError:
-        raise _unknown_state(key, word) from None
+    state = _STATES.get(word)
+    if state is None:
+        raise _unknown_state(key, word)
+    return state
 
 
 def _unknown_state(key: Key, word: Any) -> VersionSkew:

@@ -12,7 +12,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from rqarm import codec
@@ -133,14 +133,11 @@ class Core:
 def submit(core: Core, request: BatchRequest | str, payload: Any = None, *, again: bool = False) -> Flow[BatchStatus]:
     """Submit; a hit carries its value when that is small. A corrupt result counts as a miss and runs again."""
     request = as_request(request)
-    found: Found = yield _submit_call(core, request, payload, again)
-    if found.stored is None or found.stored.inline is None:
-        return found.status
     try:
-        return replace(found.status, value=found.stored.value())
+        found: Found = yield _submit_call(core, request, payload, again)
     except CorruptResult:
         found = yield _submit_call(core, request, payload, True)
-        return found.status
+    return found.status
 
 
 def submit_many(core: Core, requests: Iterable[BatchRequest | str]) -> Flow[list[BatchStatus]]:
@@ -223,12 +220,14 @@ def get_or_submit(
 ) -> Flow[tuple[bool, Any]]:
     """(True, value) on a hit, else (False, status). With ``value_only`` a negative answer raises."""
     request = as_request(request)
-    found: Found = yield _submit_call(core, request, payload, False)
-    if found.stored is not None:
-        try:
+    try:
+        found: Found = yield _submit_call(core, request, payload, False)
+        if found.stored is not None and found.stored.inline is not None:
+            return True, found.status.value
+        if found.stored is not None:
             return True, (yield from _value(core, found))
-        except CorruptResult:
-            found = yield _submit_call(core, request, payload, True)
+    except CorruptResult:
+        found = yield _submit_call(core, request, payload, True)
     if value_only and found.status.outcome in (Outcome.NEGATIVE, Outcome.REFUSED):
         raise _unsuccessful(found.status)
     return False, found.status
@@ -550,9 +549,9 @@ def clear(core: Core, *, temporary_only: bool) -> Flow[int]:
     """Forget cached results, step by step; how many."""
     total = 0
     while True:
-        cleared, looked_at = yield core.calls.clear(temporary_only=temporary_only)
-        total += cleared
-        if not looked_at:
+        step: tuple[int, int] = yield core.calls.clear(temporary_only=temporary_only)
+        total += step[0]
+        if not step[1]:
             return total
 
 

@@ -49,7 +49,6 @@ RECORD_FIELDS: tuple[str, ...] = (
     "worker",
     "error",
     "quarantined",
-    "request",
 )
 
 

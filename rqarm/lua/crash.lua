@@ -9,7 +9,8 @@
 -- ARGV key           str    the request's key
 -- ARGV token         str    fencing token; '' = by the clock
 -- ARGV job_id        str    the new ticket; the same one again answers 'already'
--- ARGV commands      bytes  RQ's own commands that queue or schedule it
+-- ARGV commands      str    RQ's own commands that queue or schedule it
+-- ARGV data          bytes  what is not text in them
 -- ARGV delay_ms      int    0 = at once
 -- ARGV max_attempts  int    crashes after which it is set aside
 -- ARGV error         bytes  packed: what is known of the death
@@ -17,8 +18,8 @@
 -- Returns {'requeued', crashes} | {'quarantined', crashes} | {'already'} | {'alive', state}
 
 local status = KEYS[1]
-local key, token, job_id, commands = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local delay_ms, max_attempts, err = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
+local key, token, job_id, commands, data = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local delay_ms, max_attempts, err = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
 
 local claim = record(key, 'state', 'token', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms', 'crashes',
   'lease_until')
@@ -34,7 +35,7 @@ if crashes >= max_attempts then
   set_aside(key, claim, err)
   outcome = 'quarantined'
 else
-  requeue(key, claim, job_id, commands)
+  requeue(key, claim, job_id, commands, data)
   redis.call('HSET', status, 'error', err)
   if delay_ms > 0 then redis.call('HSET', status, 'due_ms', int(now_ms + delay_ms)) end
   outcome = 'requeued'

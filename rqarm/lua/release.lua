@@ -7,19 +7,20 @@
 -- ARGV key       str    the request's key
 -- ARGV token     str    fencing token given at start
 -- ARGV job_id    str    the new ticket; the same one again answers 'already'
--- ARGV commands  bytes  RQ's own commands that queue it, at the front
+-- ARGV commands  str    RQ's own commands that queue it, at the front
+-- ARGV data      bytes  what is not text in them
 --
 -- Returns {'released'} | {'already'} | {'lost', state}
 
 local status = KEYS[1]
-local key, token, job_id, commands = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local key, token, job_id, commands, data = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 
 local claim = record(key, 'state', 'token', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms')
 
 if claim.job_id == job_id then return {'already'} end
 if claim.state ~= 'in_progress' or claim.token ~= token then return {'lost', claim.state or 'unknown'} end
 
-requeue(key, claim, job_id, commands)
+requeue(key, claim, job_id, commands, data)
 redis.call('HINCRBY', status, 'attempts', -1)
 count('executions', 'released')
 event('release', key, 'pending')

@@ -6,7 +6,8 @@
 -- ARGV key       str    the request's key
 -- ARGV token     str    fencing token given at start
 -- ARGV job_id    str    the new ticket; the same one again answers 'already'
--- ARGV commands  bytes  RQ's own commands that queue or schedule it
+-- ARGV commands  str    RQ's own commands that queue or schedule it
+-- ARGV data      bytes  what is not text in them
 -- ARGV delay_ms  int    0 = at once
 -- ARGV kwargs    bytes  keyword arguments of the next attempt; '' = unchanged
 -- ARGV error     bytes  packed: why this attempt ended
@@ -14,15 +15,15 @@
 -- Returns {'retried'} | {'already'} | {'lost', state}
 
 local status = KEYS[1]
-local key, token, job_id, commands = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local delay_ms, kwargs, err = tonumber(ARGV[6]), ARGV[7], ARGV[8]
+local key, token, job_id, commands, data = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local delay_ms, kwargs, err = tonumber(ARGV[7]), ARGV[8], ARGV[9]
 
 local claim = record(key, 'state', 'token', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms')
 
 if claim.job_id == job_id then return {'already'} end
 if claim.state ~= 'in_progress' or claim.token ~= token then return {'lost', claim.state or 'unknown'} end
 
-requeue(key, claim, job_id, commands)
+requeue(key, claim, job_id, commands, data)
 redis.call('HINCRBY', status, 'retries', 1)
 redis.call('HSET', status, 'error', err)
 if kwargs ~= '' then redis.call('HSET', status, 'kwargs', kwargs) end

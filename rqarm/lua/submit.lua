@@ -9,7 +9,8 @@
 -- ARGV uri              str    identity: what the key is the hash of
 -- ARGV request          bytes  packed request
 -- ARGV job_id           str    made by the caller; sending the same one again answers the same
--- ARGV commands         bytes  RQ's own commands that queue this job
+-- ARGV commands         str    RQ's own commands that queue this job
+-- ARGV data             bytes  what is not text in them
 -- ARGV job_prefix       str    of RQ's job hashes
 -- ARGV queue            str    logical queue
 -- ARGV priority         int    0 high, 1 default, 2 low
@@ -24,23 +25,25 @@
 -- ARGV max_attempts     int    crashes after which a request is set aside
 -- ARGV again            0|1    run again whatever is cached
 --
--- Returns {'new', record} | {'joined', record} | {'hit', record, result} | {'negative', record} | {'refused', record,
+-- Returns {'new', record, fresh} | {'joined', record} | {'hit', record, result} | {'negative', record} | {'refused', record,
 -- pending} | {'conflict', uri} | {'corrupt', state}
--- Returns also: result is owner, envelope and bytes.
+-- Returns also: result is owner, envelope and bytes; fresh is submitted_ms and est_ms of a claim made now, whose record
+-- the caller knows: it is ''.
 
 local status = KEYS[1]
 local key, uri, request = ARGV[2], ARGV[3], ARGV[4]
-local job_id, commands, job_prefix = ARGV[5], ARGV[6], ARGV[7]
-local queue, priority = ARGV[8], tonumber(ARGV[9])
-local sticky, ttl_ms, fallback_ttl_ms = ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[12])
-local est_ms, family = tonumber(ARGV[13]), ARGV[14]
-local payload_id, payload = ARGV[15], ARGV[16]
-local max_pending, max_attempts = tonumber(ARGV[17]), tonumber(ARGV[18])
-local again = ARGV[19]
+local job_id, commands, data, job_prefix = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
+local queue, priority = ARGV[9], tonumber(ARGV[10])
+local sticky, ttl_ms, fallback_ttl_ms = ARGV[11], tonumber(ARGV[12]), tonumber(ARGV[13])
+local est_ms, family = tonumber(ARGV[14]), ARGV[15]
+local payload_id, payload = ARGV[16], ARGV[17]
+local max_pending, max_attempts = tonumber(ARGV[18]), tonumber(ARGV[19])
+local again = ARGV[20]
 
 -- A plain hit, which is what most submits are, is answered before anything else is even defined: a script makes its
 -- functions anew at every run, and these cost more than the answer.
-if redis.call('HGET', status, 'state') == 'completed' and again == '0' then
+local state = redis.call('HGET', status, 'state')
+if state == 'completed' and again == '0' then
   local stored = redis.call('HMGET', result_name(key), 'owner', 'envelope', 'bytes')
   local values = redis.call('HMGET', status, unpack(RECORD_FIELDS))
   if stored[1] and values[2] == uri and ttl_ms == 0 and (sticky == '0' or values[5] == '1') then
@@ -55,12 +58,14 @@ end
 -- RQ's states in which a job will still be delivered.
 local DELIVERED = {queued = true, scheduled = true, deferred = true, started = true}
 
-local claim = record(key, 'state', 'uri', 'job_id', 'sticky', 'ttl_ms', 'fallback_ttl_ms', 'ended_ms', 'queue',
-  'priority', 'ticket', 'slot', 'est_ms', 'lease_until', 'crashes', 'negative_until', 'quarantined', 'due_ms')
-local state = claim.state
+local claim = state and record(key, 'uri', 'job_id', 'sticky', 'ttl_ms', 'fallback_ttl_ms', 'ended_ms', 'queue',
+  'priority', 'ticket', 'slot', 'est_ms', 'lease_until', 'crashes', 'negative_until', 'quarantined') or {}
 
 local function keep_payload()
-  if payload_id ~= '' then redis.call('HSETNX', callbacks_name(key), payload_id, payload) end
+  if payload_id ~= '' then
+    redis.call('HSETNX', callbacks_name(key), payload_id, payload)
+    redis.call('PERSIST', callbacks_name(key))
+  end
 end
 
 -- Order-free: sticky = or, TTL = max, payloads = union. A weaker joiner changes nothing.
@@ -100,28 +105,28 @@ local function move_up()
   claim.slot = nil
   claim.priority = priority
   redis.call('HSET', status, 'priority', int(priority))
-  requeue(key, claim, job_id, commands)
+  requeue(key, claim, job_id, commands, data)
 end
 
 local function claim_it()
   redis.call('SET', lock_name(key), job_id)
-  local stored = redis.call('EXISTS', result_name(key))
-  if stored == 1 then drop_result(key) end
-  redis.call('DEL', status)
-  redis.call('PERSIST', callbacks_name(key))
-  redis.call('ZREM', quarantine_name(), key)
+  if state then
+    if redis.call('EXISTS', result_name(key)) == 1 then drop_result(key) end
+    redis.call('DEL', status)
+    redis.call('PERSIST', callbacks_name(key))
+    redis.call('ZREM', quarantine_name(), key)
+  end
   if est_ms == 0 then
     local learned = redis.call('HMGET', stats_name('runtime'), family, '*')
     est_ms = tonumber(learned[1] or nil) or tonumber(learned[2] or nil) or 0
   end
   local ticket = next_seq()
   local slot = line_up(key, queue, priority, ticket, est_ms)
-  redis.call('SADD', queues_name(), queue)
   redis.call('HSET', status, 'state', 'pending', 'uri', uri, 'request', request, 'job_id', job_id, 'queue', queue,
     'priority', int(priority), 'sticky', sticky, 'ttl_ms', int(ttl_ms), 'fallback_ttl_ms', int(fallback_ttl_ms),
     'est_ms', int(est_ms), 'ticket', int(ticket), 'slot', slot, 'submitted_ms', int(now_ms), 'pushed_ms', int(now_ms))
   keep_payload()
-  replay(commands)
+  replay(commands, data)
   event('submit', key, 'pending')
 end
 
@@ -137,7 +142,7 @@ elseif state == 'pending' or state == 'in_progress' then
     outcome = 'new'
   elseif state == 'pending' and not DELIVERED[redis.call('HGET', job_prefix .. claim.job_id, 'status') or ''] then
     merge()
-    requeue(key, claim, job_id, commands)
+    requeue(key, claim, job_id, commands, data)
     event('revive', key, 'pending')
     outcome = 'new'
   elseif state == 'in_progress' and tonumber(claim.lease_until) <= now_ms and strikes + 1 >= max_attempts then
@@ -148,7 +153,7 @@ elseif state == 'pending' or state == 'in_progress' then
   elseif state == 'in_progress' and tonumber(claim.lease_until) <= now_ms then
     redis.call('HINCRBY', status, 'crashes', 1)
     merge()
-    requeue(key, claim, job_id, commands)
+    requeue(key, claim, job_id, commands, data)
     event('crash', key, 'pending')
     outcome = 'new'
   else
@@ -164,7 +169,8 @@ elseif max_pending > 0 and redis.call('ZCARD', pending_name(queue)) >= max_pendi
   outcome, extra = 'refused', redis.call('ZCARD', pending_name(queue))
 else
   claim_it()
-  outcome = 'new'
+  count('submissions', 'new')
+  return {'new', '', {int(now_ms), int(est_ms)}}
 end
 
 count('submissions', outcome)
