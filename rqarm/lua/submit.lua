@@ -40,26 +40,48 @@ local payload_id, payload = ARGV[16], ARGV[17]
 local max_pending, max_attempts = tonumber(ARGV[18]), tonumber(ARGV[19])
 local again = ARGV[20]
 
--- A plain hit, which is what most submits are, is answered before anything else is even defined: a script makes its
--- functions anew at every run, and these cost more than the answer.
-local state = redis.call('HGET', status, 'state')
-if state == 'completed' and again == '0' then
-  local stored = redis.call('HMGET', result_name(key), 'owner', 'envelope', 'bytes')
-  local values = redis.call('HMGET', status, unpack(RECORD_FIELDS))
-  if stored[1] and values[2] == uri and ttl_ms == 0 and (sticky == '0' or values[5] == '1') then
-    redis.pcall('HINCRBY', stats_name('submissions'), 'hit', 1)
-    for i, value in ipairs(values) do values[i] = value and #value .. ':' .. value or '-' end
-    return {'hit', table.concat(values), stored}
-  end
-end
-
--- PRELUDE
+-- Everything that is asked about the record, in one look: first what the caller gets.
+local names = {unpack(RECORD_FIELDS)}
+for i, name in ipairs({'job_id', 'ttl_ms', 'fallback_ttl_ms', 'ticket', 'slot', 'lease_until', 'crashes',
+  'negative_until'}) do names[#RECORD_FIELDS + i] = name end
+local values = redis.call('HMGET', status, unpack(names))
+local claim = {}
+for i, name in ipairs(names) do claim[name] = values[i] end
+local state = claim.state
 
 -- RQ's states in which a job will still be delivered.
 local DELIVERED = {queued = true, scheduled = true, deferred = true, started = true}
 
-local claim = state and record(key, 'uri', 'job_id', 'sticky', 'ttl_ms', 'fallback_ttl_ms', 'ended_ms', 'queue',
-  'priority', 'ticket', 'slot', 'est_ms', 'lease_until', 'crashes', 'negative_until', 'quarantined') or {}
+-- Whether somebody will run, or runs, what is in flight.
+local is_live = false
+if state == 'pending' then
+  is_live = DELIVERED[redis.call('HGET', job_prefix .. claim.job_id, 'status') or '']
+elseif state == 'in_progress' then
+  local clock = redis.call('TIME')
+  is_live = tonumber(claim.lease_until) > clock[1] * 1000 + clock[2] / 1000
+end
+
+-- A plain hit and a plain join, which most submits are, are answered before anything else is even defined: a script
+-- makes its functions anew at every run, and these cost more than the answer.
+local adds_nothing = claim.uri == uri and payload_id == '' and tonumber(sticky) <= tonumber(claim.sticky or 0)
+local stored
+if adds_nothing and state == 'completed' and again == '0' and ttl_ms == 0 then
+  stored = redis.call('HMGET', result_name(key), 'owner', 'envelope', 'bytes')
+  adds_nothing = stored[1]
+elseif adds_nothing and is_live and claim.job_id ~= job_id then
+  adds_nothing = ttl_ms <= tonumber(claim.ttl_ms) and fallback_ttl_ms <= tonumber(claim.fallback_ttl_ms)
+    and priority >= tonumber(claim.priority)
+else
+  adds_nothing = false
+end
+if adds_nothing then
+  local outcome = stored and 'hit' or 'joined'
+  redis.pcall('HINCRBY', stats_name('submissions'), outcome, 1)
+  for i = 1, #RECORD_FIELDS do values[i] = values[i] and #values[i] .. ':' .. values[i] or '-' end
+  return {outcome, table.concat(values, '', 1, #RECORD_FIELDS), stored}
+end
+
+-- PRELUDE
 
 local function keep_payload()
   if payload_id ~= '' then
@@ -140,17 +162,17 @@ elseif state == 'pending' or state == 'in_progress' then
   local strikes = tonumber(claim.crashes) or 0
   if claim.job_id == job_id then
     outcome = 'new'
-  elseif state == 'pending' and not DELIVERED[redis.call('HGET', job_prefix .. claim.job_id, 'status') or ''] then
+  elseif state == 'pending' and not is_live then
     merge()
     requeue(key, claim, job_id, commands, data)
     event('revive', key, 'pending')
     outcome = 'new'
-  elseif state == 'in_progress' and tonumber(claim.lease_until) <= now_ms and strikes + 1 >= max_attempts then
+  elseif state == 'in_progress' and not is_live and strikes + 1 >= max_attempts then
     keep_payload()
     set_aside(key, claim, '')
     event('crash', key, 'failed')
     outcome = 'negative'
-  elseif state == 'in_progress' and tonumber(claim.lease_until) <= now_ms then
+  elseif state == 'in_progress' and not is_live then
     redis.call('HINCRBY', status, 'crashes', 1)
     merge()
     requeue(key, claim, job_id, commands, data)
