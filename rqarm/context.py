@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from rqarm.errors import LeaseLost
 from rqarm.model import Key
 from rqarm.request import BatchRequest
 
@@ -88,6 +89,14 @@ class Context:
     def cancelled(self) -> bool:
         """True when the attempt should stop: somebody cancelled the request, or another attempt holds it."""
         return self._is_cancelled()
+
+    def check(self) -> None:
+        """Stop here when the attempt should stop. Call it now and then in long loops, above all in generators.
+
+        Raises LeaseLost; let it pass. What a handler returns after that would be refused.
+        """
+        if self.cancelled:
+            raise LeaseLost(self.key, "cancelled or taken over")
 
     def progress(self, fraction: float, message: str = "") -> None:
         """Tell those who ask for the status how much is done: 0.0 = nothing, 1.0 = all.

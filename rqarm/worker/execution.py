@@ -149,6 +149,9 @@ class Execution:
             route = match.route
             with self._renewing():
                 value = self._call(match)
+                if self._lost.is_set():
+                    # a handler that stopped early because of it may have returned half of its answer
+                    raise LeaseLost(self.attempt.key, "cancelled or taken over")
                 self._do(flows.finish(self.core, self.attempt, value, sticky=bool(route.sticky), ttl=route.ttl))
             self._tell("completed", route)
         except LeaseLost as lost:
@@ -185,6 +188,8 @@ class Execution:
                 with time_limit(self._limit(route) - (time.monotonic() - self._began)):
                     piece = next(pieces)
             except StopIteration:
+                if self._lost.is_set():
+                    raise LeaseLost(self.attempt.key, "cancelled or taken over") from None
                 return
             yield piece
 
