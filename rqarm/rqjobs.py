@@ -15,8 +15,9 @@ from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from redis import Redis
-from rq import Queue
+from rq import Queue, Worker
 from rq.job import Job
+from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
@@ -48,6 +49,36 @@ def queue_names(queue: str) -> tuple[str, str, str]:
     """RQ's queues of one of ours, in the order in which a worker must listen: high, default, low."""
     high, default, low = (queue + suffix for suffix in SUFFIXES.values())
     return high, default, low
+
+
+def live_workers(connection: Redis, queue: str) -> set[str]:
+    """The names of the live RQ workers of one of our queues; RQ drops the dead ones as it looks."""
+    return {str(worker.name) for each in _rq_queues(connection, queue) for worker in Worker.all(queue=each)}
+
+
+def has_scheduler(connection: Redis, queue: str) -> bool:
+    """Whether a worker runs RQ's scheduler for one of our queues; without one, delayed retries wait for the sweep."""
+    return bool(connection.exists(*(RQScheduler.get_locking_key(name) for name in queue_names(queue))))
+
+
+def delayed_jobs(connection: Redis, queue: str) -> int:
+    """Jobs that wait for their time in RQ's scheduled registry."""
+    return sum(int(each.scheduled_job_registry.count) for each in _rq_queues(connection, queue))
+
+
+def delete_queue(connection: Redis, queue: str) -> None:
+    """Drop RQ's side of one of our queues with the jobs that wait in it."""
+    for each in _rq_queues(connection, queue):
+        each.delete()
+
+
+def _rq_queues(connection: Redis, queue: str) -> list[Queue]:
+    return [Queue(name, connection=connection, serializer=JSONSerializer) for name in queue_names(queue)]
+
+
+def logical_queue(name: str) -> str:
+    """Our queue behind one of RQ's: each priority has one of its own."""
+    return next((name.removesuffix(end) for end in SUFFIXES.values() if end and name.endswith(end)), name)
 
 
 class RqJobs:

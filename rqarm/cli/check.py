@@ -12,26 +12,21 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import click
 import redis
-import rq
-from rq.registry import ScheduledJobRegistry
-from rq.scheduler import RQScheduler
-from rq.serializers import JSONSerializer
 
-from rqarm import connect
+from rqarm import connect, rqjobs
 from rqarm.calls import Stats
 from rqarm.cli.common import FAILURE, NO_SERVER, Target, as_json, logged, on_server, plain, print_json, size
 from rqarm.errors import RqarmError, ServerUnsuitable
 from rqarm.keys import PATTERNS
 from rqarm.manager import RequestManager
 from rqarm.model import Outcome
-from rqarm.rqjobs import queue_names
 
 #: part of maxmemory from which on it is worth a word
 NEARLY_FULL = 0.9
@@ -189,8 +184,7 @@ def _remove(rm: RequestManager, name: str) -> None:
                 wanted.append(rm.core.keys.prefix + pattern.format(**dict(zip(fields, values, strict=True))))
     with contextlib.suppress(redis.ResponseError):
         rm.connection.unlink(*wanted)
-        for queue in queue_names(name):
-            rq.Queue(queue, connection=rm.connection, serializer=JSONSerializer).delete()
+        rqjobs.delete_queue(rm.connection, name)
 
 
 # -- workers and queues
@@ -199,15 +193,14 @@ def _remove(rm: RequestManager, name: str) -> None:
 def _queues(client: redis.Redis, stats: Stats, default: str) -> Iterator[Finding]:
     for queue in sorted({default, *stats.pending}):
         waiting = stats.pending.get(queue, 0)
-        names = queue_names(queue)
-        workers = _workers(client, names)
-        delayed = sum(_on(client, name, lambda each: ScheduledJobRegistry(queue=each).count) for name in names)
+        workers = rqjobs.live_workers(client, queue)
+        delayed = rqjobs.delayed_jobs(client, queue)
         yield Finding("queue", Verdict.OK, f"{queue}: {waiting} waiting, {delayed} delayed")
         if workers:
             yield Finding("workers", Verdict.OK, f"{queue}: {len(workers)} alive ({', '.join(sorted(workers))})")
         else:
             yield Finding("workers", _none_alive(waiting), f"{queue}: no RQ worker is alive; start `rqarm worker`")
-        if client.exists(*(RQScheduler.get_locking_key(name) for name in names)):
+        if rqjobs.has_scheduler(client, queue):
             yield Finding("scheduler", Verdict.OK, f"{queue}: alive")
         elif workers or delayed:
             text = f"{queue}: none is alive, so delayed retries wait; start a worker without --no-scheduler"
@@ -220,16 +213,3 @@ def _queues(client: redis.Redis, stats: Stats, default: str) -> Iterator[Finding
 def _none_alive(waiting: int) -> Verdict:
     """Somebody must be there only when there is something to do."""
     return Verdict.BAD if waiting else Verdict.WARNING
-
-
-def _workers(client: redis.Redis, names: tuple[str, ...]) -> set[str]:
-    """The names of the live RQ workers of our queue; RQ drops the dead ones as it looks."""
-    return {str(worker.name) for name in names for worker in _on(client, name, _alive)}
-
-
-def _alive(queue: rq.Queue) -> list[Any]:
-    return list(rq.Worker.all(queue=queue))
-
-
-def _on(client: redis.Redis, name: str, look: Callable[[rq.Queue], Any]) -> Any:
-    return look(rq.Queue(name, connection=client, serializer=JSONSerializer))
