@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import IO, Any
 
 from rqarm import codec, flows
@@ -29,8 +29,9 @@ class Cache:
         return self._shell.run(flows.result(self._core, key, 0))
 
     def open(self, key: str) -> IO[bytes]:
-        """The stored bytes before compression as a binary file that can seek; pieces are fetched as they are read.
+        """The stored bytes before compression as a binary file that can seek.
 
+        Pieces are fetched as they are read; on an event loop, where a read cannot wait, all of them beforehand.
         The bytes of a str, bytes, file or ``Result`` are the data; those of another value are its msgpack form.
         Raises what ``get`` raises.
         """
@@ -93,7 +94,7 @@ class AsyncCache:
     async def put(self, request: BatchRequest | str, value: Any) -> Key:
         return await self._shell.run(flows.put(self._core, request, value))
 
-    def list(self, limit: int | None = None) -> Any:
+    def list(self, limit: int | None = None) -> AsyncIterator[BatchStatus]:
         return self._shell.iterate(flows.browse(self._core, self._core.keys.named("results"), limit))
 
     async def clear(self) -> int:

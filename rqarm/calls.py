@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from rqarm import codec
 from rqarm.codec import Envelope
 from rqarm.config import Settings
-from rqarm.errors import ForeignData, KeyConflict, LeaseLost, RqarmError, VersionSkew
+from rqarm.errors import CorruptResult, ForeignData, InvalidRequest, KeyConflict, LeaseLost, RqarmError, VersionSkew
 from rqarm.keys import RECORD_FIELDS, Keys
 from rqarm.model import BatchStatus, Key, Outcome, Priority, State, Token
 from rqarm.request import BatchRequest
@@ -116,6 +116,19 @@ class Attempt:
     kwargs: dict[str, Any]
     retries: int
     crashes: int
+    queue: str
+    priority: Priority
+
+
+class UnreadableRequest(VersionSkew):
+    """An attempt was started whose request this version cannot read. Hand it back: ``attempt`` has all but the request.
+
+    Without that, every worker of this version would cost the request one of its attempts.
+    """
+
+    def __init__(self, attempt: Attempt, reason: Exception) -> None:
+        super().__init__(f"request {attempt.key!r} cannot be read here and was handed back: {reason}")
+        self.attempt = attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,6 +396,10 @@ class Calls:
         argv = (queue, cursor, STEP, lease_ms, self.delivery.job_prefix, QUARANTINE_KEPT, *lists)
         return self._index_call("sweep", self.keys.named("leases"), argv, parse)
 
+    def queues(self) -> Command[list[str]]:
+        """The queues that were ever used, in no order."""
+        return Command(("SMEMBERS", self.keys.named("queues")), lambda reply: sorted(_text(name) for name in reply))
+
     def claim_sweep(self) -> Command[bool]:
         """True for the first who asks within a third of a lease. A throttle, not a lock: sweeps may overlap."""
         argv = ("SET", self.keys.named("swept"), "1", "NX", "PX", ms(self.settings.lease / 3))
@@ -556,16 +573,26 @@ def _envelope(packed: bytes) -> Envelope:
 
 
 def _attempt(key: Key, values: list[Any]) -> Attempt:
-    token, number, request, kwargs, retries, crashes = values
-    return Attempt(
+    token, number, packed, kwargs, retries, crashes, queue, priority = values
+    attempt = Attempt(
         key,
         Token(int(token)),
         int(number),
-        unpack_request(request),
-        codec.unpack(kwargs) if kwargs else {},
+        _NO_REQUEST,
+        {},
         int(retries or 0),
         int(crashes or 0),
+        _text(queue),
+        Priority(int(priority)),
     )
+    try:
+        return replace(attempt, request=unpack_request(packed or b""), kwargs=codec.unpack(kwargs) if kwargs else {})
+    except (VersionSkew, InvalidRequest, CorruptResult) as reason:
+        raise UnreadableRequest(attempt, reason) from reason
+
+
+#: stands in for a request that cannot be read
+_NO_REQUEST = BatchRequest("", operation="unreadable")
 
 
 def _fields(packed: bytes) -> dict[str, bytes | None]:

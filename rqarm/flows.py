@@ -31,6 +31,7 @@ from rqarm.calls import (
     Stored,
     Swept,
     Ticket,
+    UnreadableRequest,
     ms,
 )
 from rqarm.config import Settings
@@ -53,6 +54,8 @@ T = TypeVar("T")
 
 #: seconds after which a waiter reads the record again, woken or not: a lost wake-up costs this at the most
 RECHECK = 5.0
+#: seconds until a request that this version cannot read is offered again
+UNREADABLE_DELAY = 5.0
 #: pieces of a large result that one round trip fetches
 PIECES = 8
 
@@ -141,12 +144,26 @@ def submit(core: Core, request: BatchRequest | str, payload: Any = None, *, agai
 
 
 def submit_many(core: Core, requests: Iterable[BatchRequest | str]) -> Flow[list[BatchStatus]]:
-    """All in one round trip; equal requests are sent once. The answers stand in the order of the requests."""
+    """All in one round trip; equal requests are sent once. The answers stand in the order of the requests.
+
+    A corrupt result counts as a miss and runs again.
+    """
     wanted = [as_request(request) for request in requests]
     distinct = list(dict.fromkeys(wanted))
     if not distinct:
         return []
-    answers: list[Found] = yield Batch(tuple(_submit_call(core, request, None, False) for request in distinct))
+    calls = tuple(_submit_call(core, request, None, False) for request in distinct)
+    answers: list[Found]
+    try:
+        answers = yield Batch(calls)
+    except CorruptResult:
+        # one by one to find which; the same calls again, so that what is new stays new
+        answers = []
+        for request, call in zip(distinct, calls, strict=True):
+            try:
+                answers.append((yield call))
+            except CorruptResult:
+                answers.append((yield _submit_call(core, request, None, True)))
     by_request = {request: found.status for request, found in zip(distinct, answers, strict=True)}
     return [by_request[request] for request in wanted]
 
@@ -314,7 +331,7 @@ def as_completed(core: Core, keys: Iterable[str], timeout: float | None) -> Flow
 
 def _wait_for(core: Core, key: Key, timeout: float | None) -> Flow[Found]:
     known: dict[Key, BatchStatus] = {}
-    ended = yield from _collect(_settle(core, [key], timeout, known))
+    ended = yield from _collect(_settle(core, [key], timeout, known, with_value=True))
     if not ended:
         raise WaitTimeout(key, known[key].state, timeout or 0.0)
     found: Found = ended[0]
@@ -323,7 +340,9 @@ def _wait_for(core: Core, key: Key, timeout: float | None) -> Flow[Found]:
     return found
 
 
-def _settle(core: Core, keys: Sequence[Key], timeout: float | None, known: dict[Key, BatchStatus]) -> Flow[None]:
+def _settle(
+    core: Core, keys: Sequence[Key], timeout: float | None, known: dict[Key, BatchStatus], with_value: bool = False
+) -> Flow[None]:
     """Emits a Found for each key as it ends (or is unknown); returns at the end or when the time is over.
 
     Subscribe, then read, then wait: a result that comes between reading and waiting has left its wake-up behind. The
@@ -331,7 +350,6 @@ def _settle(core: Core, keys: Sequence[Key], timeout: float | None, known: dict[
     """
     deadline = None if timeout is None else core.clock() + timeout
     waiting = dict.fromkeys(keys)
-    with_value = len(waiting) == 1
     yield Watch(tuple(waiting))
     asked: Iterable[Key] = tuple(waiting)
     while True:
@@ -388,7 +406,9 @@ def take(core: Core, queue: str | None, worker: str, timeout: float | None) -> F
     queue = queue or core.settings.queue
     deadline = None if timeout is None else core.clock() + timeout
     while True:
-        taken: Attempt | str = yield core.calls.take(queue, secrets.token_hex(8), worker, ms(core.settings.lease))
+        taken: Attempt | str = yield from _or_hand_back(
+            core, core.calls.take(queue, secrets.token_hex(8), worker, ms(core.settings.lease))
+        )
         if isinstance(taken, Attempt):
             return taken
         left = RECHECK if deadline is None else min(RECHECK, deadline - core.clock())
@@ -398,9 +418,24 @@ def take(core: Core, queue: str | None, worker: str, timeout: float | None) -> F
 
 
 def start(core: Core, key: Key, job_id: str, worker: str) -> Flow[Attempt | State]:
-    """Begin the execution that an RQ job asks for; a State when its ticket is superseded."""
-    answer: Attempt | State = yield core.calls.start(key, job_id, secrets.token_hex(8), worker, ms(core.settings.lease))
+    """Begin the execution that an RQ job asks for; a State when its ticket is superseded.
+
+    Raises UnreadableRequest: another version wrote it, and it was handed back.
+    """
+    call = core.calls.start(key, job_id, secrets.token_hex(8), worker, ms(core.settings.lease))
+    answer: Attempt | State = yield from _or_hand_back(core, call)
     return answer
+
+
+def _or_hand_back(core: Core, call: Call[Any]) -> Flow[Any]:
+    """Start; what cannot be read here goes back, without using up an attempt, for a worker that can."""
+    try:
+        return (yield call)
+    except UnreadableRequest as skew:
+        attempt = skew.attempt
+        ticket = core.jobs.schedule(attempt.key, attempt.key, attempt.queue, attempt.priority, UNREADABLE_DELAY)
+        yield core.calls.release(attempt, ticket)
+        raise
 
 
 def renew(core: Core, attempt: Attempt, progress: tuple[float, str] | None = None) -> Flow[None]:
@@ -466,8 +501,8 @@ def retry(core: Core, attempt: Attempt, error: bytes, *, delay: float, kwargs: d
 
 def release(core: Core, attempt: Attempt) -> Flow[None]:
     """Hand the attempt back; it counts for nothing and is next in line. Raises LeaseLost."""
-    request = attempt.request
-    ticket = core.jobs.enqueue_at_front(attempt.key, core.describe(request), core.queue_of(request), request.priority)
+    description = core.describe(attempt.request)
+    ticket = core.jobs.enqueue_at_front(attempt.key, description, attempt.queue, attempt.priority)
     yield core.calls.release(attempt, ticket)
 
 
@@ -481,8 +516,7 @@ def crash(core: Core, attempt: Attempt, error: bytes) -> Flow[str]:
 
 
 def _ticket_again(core: Core, attempt: Attempt, delay: float) -> Ticket:
-    request = attempt.request
-    return core.jobs.schedule(attempt.key, core.describe(request), core.queue_of(request), request.priority, delay)
+    return core.jobs.schedule(attempt.key, core.describe(attempt.request), attempt.queue, attempt.priority, delay)
 
 
 def crash_delay(crashes: int) -> float:
@@ -491,8 +525,16 @@ def crash_delay(crashes: int) -> float:
 
 
 def sweep(core: Core, queue: str | None = None) -> Flow[int]:
-    """Find the dead of a queue and set them going again. Returns how many; safe to run anywhere, at any time."""
-    queue, healed, cursor = queue or core.settings.queue, 0, 0
+    """Find the dead of a queue (None = of all) and set them going again: how many. Safe anywhere, at any time."""
+    queues: list[str] = [queue] if queue is not None else (yield core.calls.queues())
+    healed = 0
+    for name in queues or [core.settings.queue]:
+        healed += yield from _sweep_queue(core, name)
+    return healed
+
+
+def _sweep_queue(core: Core, queue: str) -> Flow[int]:
+    healed, cursor = 0, 0
     while True:
         swept: Swept = yield core.calls.sweep(queue, cursor)
         calls: list[Call[str]] = [_heal_lapsed(core, found) for found in swept.lapsed]

@@ -1,7 +1,7 @@
 """Wake-ups: one pub/sub connection for a process, however many wait.
 
 A waiter watches keys and sleeps until one of them is published. Losing a message costs nothing but time: flows read the
-record again every few seconds, and a broken connection wakes everybody at once.
+record again every few seconds, and a connection that was broken wakes everybody when it stands again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import threading
-import time
+import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +27,7 @@ log = logging.getLogger("rqarm")
 CONFIRM, RECONNECT = 5.0, 0.5
 #: seconds that the reader sleeps at most before it looks whether it should stop
 READ = 5.0
+UNCONFIRMED = "a subscription was not confirmed in time"
 
 
 class Watching:
@@ -52,26 +53,30 @@ class Watching:
 
 
 class Listener:
-    """The subscription of this process, read by one thread. After a fork the child starts its own."""
+    """The subscription of this process, read by one thread. After a fork the child starts its own.
+
+    Not redis-py's PubSub: that connects again in whichever thread meets the error, and two that do so at once mix up
+    their sockets. Here the thread alone connects and reads. Who watches only writes, and when the connection does not
+    stand, the thread will ask for all that is watched by then.
+    """
 
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
-        self._client, self._keys = client, keys
+        self._pool: Any = client.connection_pool
+        self._keys = keys
         self._start_anew()
+        _LISTENERS.add(self)
 
     def _start_anew(self) -> None:
-        self._pid = os.getpid()
         self._changed = threading.Condition()
         self._watchers: dict[str, set[Watching]] = {}
         self._confirmed: set[str] = set()
-        self._pubsub: Any = None
+        self._connection: Any = None
         self._thread: threading.Thread | None = None
-        self._is_closed = False
+        self._closing = threading.Event()
 
     @contextlib.contextmanager
     def watch(self, keys: Sequence[Key]) -> Iterator[Watching]:
-        """Hear of these keys; entered when the subscription stands. Raises redis ConnectionError."""
-        if self._pid != os.getpid():
-            self._start_anew()
+        """Hear of these keys; entered when the subscription stands. Raises redis TimeoutError when it does not."""
         watching = Watching(keys)
         channels = [self._keys.done(key) for key in keys]
         try:
@@ -81,32 +86,25 @@ class Listener:
             self._unsubscribe(watching, channels)
 
     def close(self) -> None:
-        """Stop the thread and give the connection back."""
-        with self._changed:
-            self._is_closed = True
-            thread, pubsub = self._thread, self._pubsub
-        if pubsub is not None and self._pid == os.getpid():
-            # a message that no waiter knows: it only ends the read in which the thread sleeps
-            with contextlib.suppress(redis.exceptions.RedisError):
-                pubsub.subscribe(self._keys.pubsub_prefix)
-            if thread is not None:
-                thread.join(CONFIRM)
-            pubsub.close()
+        """Stop the thread, which gives the connection back."""
+        self._closing.set()
+        if self._thread is not None:
+            with self._changed:
+                # its confirmation ends the read in which the thread sleeps
+                self._send("SUBSCRIBE", [self._keys.pubsub_prefix])
+            self._thread.join(CONFIRM)
 
     def _subscribe(self, watching: Watching, channels: Sequence[str]) -> None:
         with self._changed:
-            fresh = [channel for channel in channels if channel not in self._watchers]
+            fresh = [channel for channel in dict.fromkeys(channels) if channel not in self._watchers]
             for channel in channels:
                 self._watchers.setdefault(channel, set()).add(watching)
-            if self._pubsub is None:
-                self._pubsub = self._client.pubsub()
-            if fresh:
-                self._pubsub.subscribe(*fresh)
+            self._send("SUBSCRIBE", fresh)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._read, name="rqarm-listener", daemon=True)
                 self._thread.start()
             if not self._changed.wait_for(lambda: self._confirmed.issuperset(channels), CONFIRM):
-                raise redis.exceptions.TimeoutError(f"a subscription was not confirmed within {CONFIRM:g} s")
+                raise redis.exceptions.TimeoutError(UNCONFIRMED)
 
     def _unsubscribe(self, watching: Watching, channels: Sequence[str]) -> None:
         with self._changed:
@@ -116,40 +114,66 @@ class Listener:
             for channel in idle:
                 self._watchers.pop(channel, None)
                 self._confirmed.discard(channel)
-            if idle and self._pubsub is not None:
-                # the record is the truth: a subscription too many does no harm
-                with contextlib.suppress(redis.exceptions.RedisError):
-                    self._pubsub.unsubscribe(*idle)
+            self._send("UNSUBSCRIBE", idle)
+
+    def _send(self, verb: str, channels: Sequence[str]) -> None:
+        """Write under the lock: what is watched and what the server was told never differ."""
+        if channels and self._connection is not None:
+            try:
+                self._connection.send_command(verb, *channels, check_health=False)
+            except redis.exceptions.RedisError:
+                # the thread meets the same error, connects again and asks for everything
+                self._connection = None
 
     def _read(self) -> None:
-        while not self._is_closed:
+        while not self._closing.is_set():
+            connection = None
             try:
-                message = self._pubsub.get_message(timeout=READ)
+                connection = self._pool.get_connection()
+                with self._changed:
+                    # one channel of ours that nothing is published on: SUBSCRIBE needs at least one
+                    channels = (self._keys.pubsub_prefix, *self._watchers)
+                    connection.send_command("SUBSCRIBE", *channels, check_health=False)
+                    self._connection = connection
+                while self._connection is connection and not self._closing.is_set():
+                    if connection.can_read(timeout=READ):
+                        self._take(connection.read_response(disconnect_on_error=False, push_request=True))
             except redis.exceptions.RedisError as error:
                 log.warning("lost the wake-up connection, trying again in %g s: %s", RECONNECT, error)
-                self._wake_all()
-                time.sleep(RECONNECT)
-            else:
-                if message is not None:
-                    self._take(message)
+            finally:
+                with self._changed:
+                    self._connection = None
+                if connection is not None:
+                    connection.disconnect()
+                    self._pool.release(connection)
+            self._closing.wait(RECONNECT)
 
-    def _take(self, message: dict[str, Any]) -> None:
-        channel = message["channel"].decode()
+    def _take(self, message: list[Any]) -> None:
+        kind, channel = message[0], message[1].decode()
         with self._changed:
             watchers = tuple(self._watchers.get(channel, ()))
-            if message["type"] == "subscribe":
-                if watchers:
-                    self._confirmed.add(channel)
+            # subscribed again after a break: what ended meanwhile was not heard
+            is_again = kind == b"subscribe" and channel in self._confirmed
+            if kind == b"subscribe" and watchers:
+                self._confirmed.add(channel)
                 self._changed.notify_all()
-        if message["type"] == "message":
+        if kind == b"message" or is_again:
             for watching in watchers:
                 watching.wake([Key(channel.removeprefix(self._keys.pubsub_prefix))])
 
-    def _wake_all(self) -> None:
-        with self._changed:
-            everybody = {watching for watchers in self._watchers.values() for watching in watchers}
-        for watching in everybody:
-            watching.wake(watching.keys)
+
+#: those of this process. A child has to begin anew before its first thread runs: neither the reader nor the locks of
+#: its parent live there.
+_LISTENERS: weakref.WeakSet[Listener] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for listener in tuple(_LISTENERS):
+        listener._start_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class AsyncWatching:
@@ -175,19 +199,24 @@ class AsyncWatching:
 
 
 class AsyncListener:
-    """The subscription of one event loop, read by one task."""
+    """The subscription of one event loop, read by one task.
+
+    Not redis-py's PubSub: that connects again in whichever coroutine meets the error, and sends a PING of its own; two
+    coroutines then read from one stream, which raises. Here the task alone connects and reads. Who watches only writes,
+    and when the connection does not stand, the task will ask for all that is watched by then.
+    """
 
     def __init__(self, client: redis.asyncio.Redis, keys: Keys) -> None:
-        self._client, self._keys = client, keys
+        self._pool: Any = client.connection_pool
+        self._keys = keys
         self._watchers: dict[str, set[AsyncWatching]] = {}
         self._confirmed: dict[str, asyncio.Event] = {}
-        self._pubsub: Any = None
+        self._connection: Any = None
         self._task: asyncio.Task[None] | None = None
-        self._sending = asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def watch(self, keys: Sequence[Key]) -> AsyncIterator[AsyncWatching]:
-        """Hear of these keys; entered when the subscription stands. Raises redis ConnectionError."""
+        """Hear of these keys; entered when the subscription stands. Raises redis TimeoutError when it does not."""
         watching = AsyncWatching(keys)
         channels = [self._keys.done(key) for key in keys]
         try:
@@ -202,25 +231,22 @@ class AsyncListener:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        if self._pubsub is not None:
-            await self._pubsub.aclose()
 
     async def _subscribe(self, watching: AsyncWatching, channels: Sequence[str]) -> None:
-        fresh = [channel for channel in channels if channel not in self._watchers]
+        fresh = [channel for channel in dict.fromkeys(channels) if channel not in self._watchers]
         for channel in channels:
             self._watchers.setdefault(channel, set()).add(watching)
             self._confirmed.setdefault(channel, asyncio.Event())
         confirmed = [self._confirmed[channel] for channel in channels]
-        async with self._sending:
-            if self._pubsub is None:
-                self._pubsub = self._client.pubsub()
-            if fresh:
-                await self._pubsub.subscribe(*fresh)
-            if self._task is None:
-                self._task = asyncio.create_task(self._read(), name="rqarm-listener")
-        async with asyncio.timeout(CONFIRM):
-            for event in confirmed:
-                await event.wait()
+        if self._task is None:
+            self._task = asyncio.create_task(self._read(), name="rqarm-listener")
+        await self._send("SUBSCRIBE", fresh)
+        try:
+            async with asyncio.timeout(CONFIRM):
+                for event in confirmed:
+                    await event.wait()
+        except TimeoutError:
+            raise redis.exceptions.TimeoutError(UNCONFIRMED) from None
 
     async def _unsubscribe(self, watching: AsyncWatching, channels: Sequence[str]) -> None:
         for channel in channels:
@@ -229,31 +255,42 @@ class AsyncListener:
         for channel in idle:
             self._watchers.pop(channel, None)
             self._confirmed.pop(channel, None)
-        if idle and self._pubsub is not None:
+        await self._send("UNSUBSCRIBE", idle)
+
+    async def _send(self, verb: str, channels: Sequence[str]) -> None:
+        """Write without a pause before it: what is watched and what the server was told never differ."""
+        if channels and self._connection is not None and self._connection.is_connected:
+            # the task meets the same error, connects again and asks for everything
             with contextlib.suppress(redis.exceptions.RedisError):
-                async with self._sending:
-                    await self._pubsub.unsubscribe(*idle)
+                await self._connection.send_command(verb, *channels, check_health=False)
 
     async def _read(self) -> None:
         while True:
+            connection = None
             try:
-                message = await self._pubsub.get_message(timeout=READ)
+                connection = self._connection = await self._pool.get_connection()
+                # one channel of ours that nothing is published on: SUBSCRIBE needs at least one
+                channels = (self._keys.pubsub_prefix, *self._watchers)
+                await connection.send_command("SUBSCRIBE", *channels, check_health=False)
+                while True:
+                    message = await connection.read_response(timeout=READ, disconnect_on_error=False, push_request=True)
+                    if message is not None:
+                        self._take(message)
             except redis.exceptions.RedisError as error:
                 log.warning("lost the wake-up connection, trying again in %g s: %s", RECONNECT, error)
-                self._wake_all()
-                await asyncio.sleep(RECONNECT)
-            else:
-                if message is not None:
-                    self._take(message)
+            finally:
+                self._connection = None
+                if connection is not None:
+                    await connection.disconnect(nowait=True)
+                    await self._pool.release(connection)
+            await asyncio.sleep(RECONNECT)
 
-    def _take(self, message: dict[str, Any]) -> None:
-        channel = message["channel"].decode()
-        if message["type"] == "subscribe" and channel in self._confirmed:
-            self._confirmed[channel].set()
-        elif message["type"] == "message":
+    def _take(self, message: list[Any]) -> None:
+        kind, channel = message[0], message[1].decode()
+        confirmed = self._confirmed.get(channel)
+        if kind == b"message" or (kind == b"subscribe" and confirmed is not None and confirmed.is_set()):
+            # subscribed again after a break: what ended meanwhile was not heard
             for watching in tuple(self._watchers.get(channel, ())):
                 watching.wake([Key(channel.removeprefix(self._keys.pubsub_prefix))])
-
-    def _wake_all(self) -> None:
-        for watching in {watching for watchers in self._watchers.values() for watching in watchers}:
-            watching.wake(watching.keys)
+        elif kind == b"subscribe" and confirmed is not None:
+            confirmed.set()

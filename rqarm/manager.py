@@ -50,7 +50,7 @@ class RequestManager:
     def submit(self, request: BatchRequest | str, *, payload: Any = None) -> BatchStatus:
         """Answer from the cache, join what is in flight, or queue once; ``outcome`` says which. One round trip.
 
-        A str is taken as a URI. ``payload`` is kept for the route's callback, once however often it is submitted. The
+        A str is taken as a URI. ``payload`` joins the payloads of the claim, once however often it is submitted. The
         ``value`` of a hit is filled unless it is large (``inline_bytes``). Sending it again after a lost reply is safe.
 
         Raises InvalidRequest, KeyConflict; redis OutOfMemoryError and ReadOnlyError when the server takes no writes.

@@ -53,20 +53,25 @@ class Priority(IntEnum):
     LOW = 2
 
 
-#: verb -> {state before: state after}; what is not listed is refused and writes nothing.
+#: verb -> {state before: state after}; what is not listed is refused and writes nothing. A submit of what is completed
+#: moves only when it insists (resubmit) or the result is gone; ``crash`` ends in ``failed`` at its limit; ``put`` goes
+#: from every state to ``completed``.
 TRANSITIONS: dict[str, dict[State, State]] = {
     "submit": {
         State.UNKNOWN: State.PENDING,
+        State.COMPLETED: State.PENDING,
         State.FAILED: State.PENDING,
         State.CANCELLED: State.PENDING,
     },
     "start": {State.PENDING: State.IN_PROGRESS, State.FAILED: State.IN_PROGRESS},
+    "take": {State.PENDING: State.IN_PROGRESS},
     "renew": {State.IN_PROGRESS: State.IN_PROGRESS},
     "complete": {State.IN_PROGRESS: State.COMPLETED},
     "fail": {State.IN_PROGRESS: State.FAILED},
     "retry": {State.IN_PROGRESS: State.PENDING},
     "release": {State.IN_PROGRESS: State.PENDING},
-    "revive": {State.PENDING: State.PENDING, State.IN_PROGRESS: State.PENDING},
+    "revive": {State.PENDING: State.PENDING},
+    "crash": {State.IN_PROGRESS: State.PENDING},
     "cancel": {State.PENDING: State.CANCELLED, State.IN_PROGRESS: State.CANCELLED},
     "forget": {
         State.COMPLETED: State.UNKNOWN,

@@ -105,7 +105,7 @@ class Queues:
         return None if attempt is None else Lease(self._core, self._shell, attempt)
 
     def sweep(self, queue: str | None = None) -> int:
-        """Set going again what died in this queue without a word; how many. Workers do it by themselves."""
+        """Set going again what died without a word, in one queue or in all; how many. Workers do it by themselves."""
         return self._shell.run(flows.sweep(self._core, queue))
 
 

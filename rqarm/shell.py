@@ -6,6 +6,7 @@ it and hands it back, errors included.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -21,15 +22,21 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from rqarm import connect
 from rqarm.calls import Batch, Call, Command, foreign_data
 from rqarm.config import Settings
-from rqarm.errors import RqarmError
+from rqarm.errors import ConfigError, RqarmError
 from rqarm.flows import Emit, Flow, Listen, Step, Watch
 from rqarm.keys import Keys
 from rqarm.listen import AsyncListener, AsyncWatching, Listener, Watching
 from rqarm.scripts import Script
 
 T = TypeVar("T")
+C = TypeVar("C", redis.Redis, redis.asyncio.Redis)
 log = logging.getLogger("rqarm")
 
+#: connections that submits and reads of one event loop use at a time. One thread keeps no more than these busy, and ten
+#: thousand coroutines that start at once must not open ten thousand.
+IN_FLIGHT = 32
+#: redis-py's default is 100 for a pool, and one more is an error
+UNLIMITED = 1 << 31
 #: what a manager calls a server whose URL it was not told
 GIVEN = "the given connection"
 
@@ -71,8 +78,8 @@ class _Wire:
             return error
         if isinstance(error, RedisConnectionError | RedisTimeoutError):
             return connect.translate(error, self.url)
-        if isinstance(error, ResponseError) and "WRONGTYPE" in str(error) and isinstance(step, Call):
-            return foreign_data(step.keys, error)
+        if isinstance(error, ResponseError) and "WRONGTYPE" in str(error) and isinstance(step, Call | Command):
+            return foreign_data(step.keys if isinstance(step, Call) else step.argv[1:2], error)
         return error
 
 
@@ -82,13 +89,15 @@ class Shell:
     def __init__(self, keys: Keys, settings: Settings, url: str, client: redis.Redis | None = None) -> None:
         """A shell for the server at ``url``, or for somebody else's ``client``; then ``url`` only explains."""
         self._keys, self._settings, self._owns = keys, settings, client is None
-        self.client = connect.open_client(url) if client is None else client
+        self.client = connect.open_client(url) if client is None else _usable(client)
+        if client is None:
+            _roomy(self.client)
         self._open_waiting: Callable[[], redis.Redis] = (
             partial(connect.open_client, url, for_waiting=True) if client is None else partial(_sibling, client)
         )
         self._wire = _Wire(url, is_fake(self.client))
-        self._waiting: redis.Redis | None = None
-        self._listener: Listener | None = None
+        # what waits is made by the first who needs it; no lock, which a fork could leave locked for ever
+        self._made: dict[str, Any] = {}
 
     def run(self, flow: Flow[T]) -> T:
         """The value of a flow. What it emits on its way is dropped."""
@@ -169,22 +178,23 @@ class Shell:
             return list(pipeline.execute(raise_on_error=False))
 
     def _waiting_client(self) -> redis.Redis:
-        if self._waiting is None:
-            self._waiting = self._open_waiting()
-        return self._waiting
+        client: redis.Redis = self._made.get("client") or self._made.setdefault("client", _roomy(self._open_waiting()))
+        return client
 
     def _listening(self) -> Listener:
-        if self._listener is None:
-            self._listener = Listener(self._waiting_client(), self._keys)
-        return self._listener
+        listener: Listener | None = self._made.get("listener")
+        if listener is None:
+            listener = self._made.setdefault("listener", Listener(self._waiting_client(), self._keys))
+        return listener
 
     def close(self) -> None:
         """Give all connections back."""
-        if self._listener is not None:
-            self._listener.close()
-        if self._waiting is not None:
-            self._waiting.close()
-            self._waiting.connection_pool.disconnect()
+        listener, waiting = self._made.pop("listener", None), self._made.pop("client", None)
+        if listener is not None:
+            listener.close()
+        if waiting is not None:
+            waiting.close()
+            waiting.connection_pool.disconnect()
         if self._owns:
             self.client.close()
 
@@ -195,11 +205,13 @@ class AsyncShell:
     def __init__(self, keys: Keys, settings: Settings, url: str, client: redis.asyncio.Redis | None = None) -> None:
         """A shell for the server at ``url``, or for somebody else's ``client``; then ``url`` only explains."""
         self._keys, self._settings, self._owns = keys, settings, client is None
-        self.client = connect.open_async_client(url) if client is None else client
+        self.client = connect.open_async_client(url) if client is None else _usable(client)
         self._open_waiting: Callable[[], redis.asyncio.Redis] = (
-            partial(connect.open_async_client, url) if client is None else partial(_sibling, client)
+            partial(connect.open_async_client, url, for_waiting=True) if client is None else partial(_sibling, client)
         )
         self._wire = _Wire(url, is_fake(self.client))
+        room = getattr(self.client.connection_pool, "max_connections", IN_FLIGHT)
+        self._sending = asyncio.Semaphore(min(IN_FLIGHT, room))
         self._waiting: redis.asyncio.Redis | None = None
         self._listener: AsyncListener | None = None
 
@@ -243,24 +255,31 @@ class AsyncShell:
     async def execute(self, step: Call[Any] | Command[Any] | Batch[Any]) -> Any:
         """The answer to one step. Raises redis errors, ServerUnavailable, ForeignData, ServerUnsuitable."""
         try:
-            if not self._wire.is_checked:
-                self._wire.check(await self.client.info(), self._settings)
-            if isinstance(step, Batch):
-                return await self._batch(step)
-            client = self._waiting_client() if isinstance(step, Command) and step.waits else self.client
-            argv = self._wire.argv(step)
-            try:
-                reply = await client.execute_command(*argv)
-            except NoScriptError:
-                assert isinstance(step, Call)
-                await client.script_load(self._wire.text(step.script))
-                reply = await client.execute_command(*argv)
+            if isinstance(step, Command) and step.waits:
+                reply = await self._waiting_client().execute_command(*self._wire.argv(step))
+            else:
+                async with self._sending:
+                    reply = await self._send(step)
         except redis.exceptions.RedisError as error:
             explained = self._wire.explain(step, error)
             if explained is error:
                 raise
             raise explained from error
-        return step.parse(reply)
+        return reply if isinstance(step, Batch) else step.parse(reply)
+
+    async def _send(self, step: Call[Any] | Command[Any] | Batch[Any]) -> Any:
+        """The reply to one step; to a batch, the list of its answers."""
+        if not self._wire.is_checked:
+            self._wire.check(await self.client.info(), self._settings)
+        if isinstance(step, Batch):
+            return await self._batch(step)
+        argv = self._wire.argv(step)
+        try:
+            return await self.client.execute_command(*argv)
+        except NoScriptError:
+            assert isinstance(step, Call)
+            await self.client.script_load(self._wire.text(step.script))
+            return await self.client.execute_command(*argv)
 
     async def _batch(self, batch: Batch[Any]) -> list[Any]:
         """One round trip; the few calls that met a server without their script are sent again."""
@@ -281,7 +300,7 @@ class AsyncShell:
 
     def _waiting_client(self) -> redis.asyncio.Redis:
         if self._waiting is None:
-            self._waiting = self._open_waiting()
+            self._waiting = _roomy(self._open_waiting())
         return self._waiting
 
     def _listening(self) -> AsyncListener:
@@ -291,11 +310,13 @@ class AsyncShell:
 
     async def close(self) -> None:
         """Give all connections back."""
-        if self._listener is not None:
-            await self._listener.close()
-        if self._waiting is not None:
-            await self._waiting.aclose()
-            await self._waiting.connection_pool.disconnect()
+        listener, waiting = self._listener, self._waiting
+        self._listener = self._waiting = None
+        if listener is not None:
+            await listener.close()
+        if waiting is not None:
+            await waiting.aclose()
+            await waiting.connection_pool.disconnect()
         if self._owns:
             await self.client.aclose()
 
@@ -305,12 +326,31 @@ def is_fake(client: Any) -> bool:
     return str(client.connection_pool.connection_class.__module__).startswith("fakeredis")
 
 
+def _usable(client: C) -> C:
+    """The client of somebody else. Raises ConfigError for one that turns answers into text: results are bytes."""
+    if client.connection_pool.connection_kwargs.get("decode_responses"):
+        raise ConfigError("connection: decode_responses does not fit, results are bytes; give a client without it")
+    return client
+
+
 def _sibling(client: Any) -> Any:
     """A client of the same server with a pool of its own: what blocks must not use up the pool of submits."""
     pool = client.connection_pool
-    options = {**pool.connection_kwargs, "socket_timeout": None}
-    twin = type(pool)(connection_class=pool.connection_class, **options)
+    options = {**pool.connection_kwargs, "connection_class": pool.connection_class, "socket_timeout": None}
+    if hasattr(pool, "sentinel_manager"):
+        del options["connection_pool"]
+        chosen = {"is_master": pool.is_master, "check_connection": pool.check_connection}
+        twin = type(pool)(pool.service_name, pool.sentinel_manager, **chosen, **options)
+    else:
+        plain = redis.asyncio.ConnectionPool if isinstance(pool, redis.asyncio.ConnectionPool) else redis.ConnectionPool
+        twin = plain(**options)
     return type(client)(connection_pool=twin)
+
+
+def _roomy(client: C) -> C:
+    """As many connections as there are threads or tasks that block; redis-py raises at the 101st."""
+    client.connection_pool.max_connections = UNLIMITED
+    return client
 
 
 def same_docs(origin: type) -> Callable[[type[T]], type[T]]:

@@ -22,17 +22,19 @@ local key, token, job_id, commands, data = ARGV[2], ARGV[3], ARGV[4], ARGV[5], A
 local delay_ms, max_attempts, err = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
 
 local claim = record(key, 'state', 'token', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms', 'crashes',
-  'lease_until')
+  'lease_until', 'aside_by')
 
-if claim.job_id == job_id then return {'already'} end
+-- A quarantined request keeps its last ticket, which is what `rq requeue` delivers; the one offered is noted beside it.
+if claim.job_id == job_id or claim.aside_by == job_id then return {'already'} end
 local dead = token ~= '' and claim.token == token
-  or token == '' and (tonumber(claim.lease_until) or now_ms) < now_ms
+  or token == '' and (tonumber(claim.lease_until) or now_ms) <= now_ms
 if claim.state ~= 'in_progress' or not dead then return {'alive', claim.state or 'unknown'} end
 
 local crashes = redis.call('HINCRBY', status, 'crashes', 1)
 local outcome
 if crashes >= max_attempts then
   set_aside(key, claim, err)
+  redis.call('HSET', status, 'aside_by', job_id)
   outcome = 'quarantined'
 else
   requeue(key, claim, job_id, commands, data)

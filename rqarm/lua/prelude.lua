@@ -95,13 +95,21 @@ local function load_before(queue, slot)
   return sum
 end
 
--- In line: the pending index and the load. A slot given stays, so a released request keeps its place.
+-- In line: the pending index and the load. A slot given stays, so a released request keeps its place. The slots start
+-- over with an empty line: one from before that becomes 0, in front of all that were given out since. 'f' holds the
+-- ticket of the first.
 local function line_up(key, queue, priority, ticket, est_ms, slot)
+  local load, rank = load_name(queue), int(priority)
   redis.call('ZADD', pending_name(queue), int(priority * STRIDE + ticket), key)
   if not slot then
-    local n = redis.call('HINCRBY', load_name(queue), int(priority) .. 'n', 1)
-    if n == 1 then redis.call('SADD', queues_name(), queue) end
-    slot = int(priority) .. ':' .. n
+    local n = redis.call('HINCRBY', load, rank .. 'n', 1)
+    if n == 1 then
+      redis.call('SADD', queues_name(), queue)
+      redis.call('HSET', load, rank .. 'f', int(ticket))
+    end
+    slot = rank .. ':' .. n
+  elseif ticket < (tonumber(redis.call('HGET', load, rank .. 'f') or nil) or math.huge) then
+    slot = rank .. ':0'
   end
   if est_ms > 0 then add_load(queue, slot, int(est_ms)) end
   return slot
@@ -145,7 +153,8 @@ end
 
 -- What an execution needs to know, in the order of the answers of start and take.
 local function attempt(key)
-  return unpack(redis.call('HMGET', status_name(key), 'token', 'attempts', 'request', 'kwargs', 'retries', 'crashes'))
+  return unpack(redis.call('HMGET', status_name(key), 'token', 'attempts', 'request', 'kwargs', 'retries', 'crashes',
+    'queue', 'priority'))
 end
 
 -- The end of a flight, whatever the end is.

@@ -24,9 +24,16 @@ local envelope, bytes = ARGV[11], ARGV[12]
 local claim = record(key, 'state', 'uri', 'queue', 'slot', 'est_ms', 'sticky', 'ttl_ms')
 
 if claim.state and claim.uri ~= uri then return {'conflict', claim.uri} end
+-- Sent again because its reply was lost: storing twice would count the size twice and lengthen the life.
+if claim.state == 'completed' and redis.call('HGET', result_name(key), 'owner') == owner then return {'stored'} end
 local missing = chunks_missing(key, owner, chunks)
 if missing > 0 then return {'torn', missing} end
 
+-- Who waits for it in flight asked for this much life, whoever brings the value.
+if claim.state == 'pending' or claim.state == 'in_progress' then
+  if claim.sticky == '1' then sticky = '1' end
+  ttl_ms = math.max(ttl_ms, tonumber(claim.ttl_ms) or 0)
+end
 redis.call('HSET', status, 'uri', uri, 'request', request)
 if claim.state then
   land(key, claim)

@@ -43,7 +43,7 @@ local again = ARGV[20]
 -- Everything that is asked about the record, in one look: first what the caller gets.
 local names = {unpack(RECORD_FIELDS)}
 for i, name in ipairs({'job_id', 'ttl_ms', 'fallback_ttl_ms', 'ticket', 'slot', 'lease_until', 'crashes',
-  'negative_until'}) do names[#RECORD_FIELDS + i] = name end
+  'negative_until', 'moved_by'}) do names[#RECORD_FIELDS + i] = name end
 local values = redis.call('HMGET', status, unpack(names))
 local claim = {}
 for i, name in ipairs(names) do claim[name] = values[i] end
@@ -121,19 +121,23 @@ local function upgrade()
   end
 end
 
--- The queued job moves up: my ticket goes on the better queue, the old one will find itself superseded.
-local function move_up()
-  leave_line(key, claim)
-  claim.slot = nil
-  claim.priority = priority
-  redis.call('HSET', status, 'priority', int(priority))
+-- My ticket replaces the claim's, which will find itself superseded. The record says where mine stands. A better
+-- priority or another queue means the end of that line, for the line as for RQ's list: else position and eta lie.
+local function replace_ticket()
+  local better = math.min(priority, tonumber(claim.priority))
+  if better < tonumber(claim.priority) or queue ~= claim.queue then
+    leave_line(key, claim)
+    claim.queue, claim.priority, claim.ticket, claim.slot = queue, better, next_seq(), nil
+    redis.call('HSET', status, 'queue', queue, 'priority', int(better), 'ticket', int(claim.ticket))
+  end
   requeue(key, claim, job_id, commands, data)
 end
 
 local function claim_it()
   redis.call('SET', lock_name(key), job_id)
   if state then
-    if redis.call('EXISTS', result_name(key)) == 1 then drop_result(key) end
+    -- A result that was evicted or deleted still stands in the indexes; a sticky one would for ever.
+    if state == 'completed' or redis.call('EXISTS', result_name(key)) == 1 then drop_result(key) end
     redis.call('DEL', status)
     redis.call('PERSIST', callbacks_name(key))
     redis.call('ZREM', quarantine_name(), key)
@@ -155,32 +159,42 @@ end
 local outcome, extra
 if state and claim.uri ~= uri then
   outcome, extra = 'conflict', claim.uri
-elseif state == 'completed' and again == '0' and redis.call('EXISTS', result_name(key)) == 1 then
+elseif state == 'completed' and (again == '0' or claim.job_id == job_id)
+  and redis.call('EXISTS', result_name(key)) == 1 then
   upgrade()
   outcome, extra = 'hit', stored_result(key)
+elseif state and claim.job_id == job_id then
+  -- The same call, sent again because its reply was lost. Also when the request has ended since: it must not run
+  -- twice for that, and RQ must not see one job id twice.
+  outcome = claim.moved_by == job_id and 'joined' or 'new'
 elseif state == 'pending' or state == 'in_progress' then
   local strikes = tonumber(claim.crashes) or 0
-  if claim.job_id == job_id then
-    outcome = 'new'
-  elseif state == 'pending' and not is_live then
+  if state == 'pending' and not is_live then
     merge()
-    requeue(key, claim, job_id, commands, data)
+    replace_ticket()
+    count('executions', 'revived')
     event('revive', key, 'pending')
     outcome = 'new'
   elseif state == 'in_progress' and not is_live and strikes + 1 >= max_attempts then
+    redis.call('HINCRBY', status, 'crashes', 1)
     keep_payload()
     set_aside(key, claim, '')
+    count('executions', 'crashed')
     event('crash', key, 'failed')
     outcome = 'negative'
   elseif state == 'in_progress' and not is_live then
     redis.call('HINCRBY', status, 'crashes', 1)
     merge()
-    requeue(key, claim, job_id, commands, data)
+    replace_ticket()
+    count('executions', 'crashed')
     event('crash', key, 'pending')
     outcome = 'new'
   else
     merge()
-    if state == 'pending' and priority < tonumber(claim.priority) then move_up() end
+    if state == 'pending' and priority < tonumber(claim.priority) then
+      replace_ticket()
+      redis.call('HSET', status, 'moved_by', job_id)
+    end
     outcome = 'joined'
   end
 elseif again == '0' and state == 'failed' and (claim.quarantined or tonumber(claim.negative_until or 0) > now_ms) then

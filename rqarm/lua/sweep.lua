@@ -24,7 +24,7 @@ local leases = KEYS[1]
 local queue, cursor, limit, lease_ms = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local job_prefix, keep, lists = ARGV[6], tonumber(ARGV[7]), {unpack(ARGV, 8)}
 
-local LOOKED_AT = 1000
+local LOOKED_AT, TAKERS_KEPT = 1000, 10000
 local WAITING = {queued = true, deferred = true, started = true}
 
 local lapsed, ticketless = {}, {}
@@ -49,7 +49,7 @@ local function check_lease(key)
   local claim = record(key, 'state', 'uri', 'queue', 'priority', 'crashes', 'lease_until', 'lease_ms')
   if claim.state ~= 'in_progress' then
     redis.call('ZREM', leases, key)
-  elseif tonumber(claim.lease_until) < now_ms then
+  elseif tonumber(claim.lease_until) <= now_ms then
     report(lapsed, key, claim, claim.crashes or '0')
   else
     clamp(key, claim)
@@ -73,12 +73,16 @@ local function check_line(key)
   local claim = record(key, 'state', 'uri', 'queue', 'priority', 'job_id', 'pushed_ms', 'due_ms')
   if claim.state ~= 'pending' then
     redis.call('ZREM', pending_name(queue), key)
+    -- What a vanished record added to the load is unknown; with the last of the line it goes at least then.
+    if redis.call('ZCARD', pending_name(queue)) == 0 then redis.call('DEL', load_name(queue)) end
   elseif tonumber(claim.pushed_ms) < now_ms - lease_ms and not has_ticket(claim) then
     report(ticketless, key, claim, claim.job_id)
   end
 end
 
 local function tidy()
+  -- One field for each thread that ever took work. Forgetting them costs a taker whose last reply was lost, no more.
+  if redis.call('HLEN', takers_name()) > TAKERS_KEPT then redis.call('DEL', takers_name()) end
   for _, key in ipairs(redis.call('ZRANGEBYSCORE', results_name(), '-inf', int(now_ms), 'LIMIT', 0, limit)) do
     if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key) end
   end

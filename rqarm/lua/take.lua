@@ -11,10 +11,10 @@
 -- ARGV job_prefix  str   of RQ's job hashes
 -- ARGV lists       str   RQ's lists: high, default, low, to the end
 --
--- Returns {'started', key, token, attempt, request, kwargs, retries, crashes} | {'empty', last_event}
+-- Returns {'started', key, token, attempt, request, kwargs, retries, crashes, queue, priority} | {'empty', last_event}
 
 local pending = KEYS[1]
-local exec, worker, lease_ms, job_prefix = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
+local prefix, exec, worker, lease_ms, job_prefix = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 local lists = {unpack(ARGV, 6)}
 
 -- Superseded tickets that are thrown away in one step, at the most.
@@ -25,13 +25,21 @@ local function key_of(job_id)
   return string.match(job_id, '^([%w_-]+)%-%x%x%x%x%x%x%x%x$')
 end
 
+-- Whether a job whose request has no record is ours: RQ stores the arguments, namespace and key, as plain JSON. Such a
+-- ticket is left behind by a request that was cancelled and then forgotten; nobody else would take it out of the way.
+local function is_ours(job_id, key)
+  local data = redis.call('HGET', job_prefix .. job_id, 'data')
+  return data and string.find(data, '["' .. string.sub(prefix, 1, -2) .. '", "' .. key .. '"]', 1, true)
+end
+
 local function next_ticket(list)
   for _ = 1, LOOKED_AT do
     local job_id = redis.call('LINDEX', list, 0)
     local key = job_id and key_of(job_id)
     if not key then return nil end
     local claim = record(key, 'state', 'job_id', 'queue', 'slot', 'est_ms')
-    if not claim.state and redis.call('EXISTS', job_prefix .. job_id) == 1 then return nil end
+    local is_job = redis.call('EXISTS', job_prefix .. job_id) == 1
+    if not claim.state and is_job and not is_ours(job_id, key) then return nil end
     redis.call('LPOP', list)
     redis.call('DEL', job_prefix .. job_id)
     if claim.state == 'pending' and claim.job_id == job_id then

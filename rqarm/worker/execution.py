@@ -17,9 +17,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 import rq
@@ -30,7 +30,7 @@ from rqarm import codec, flows
 from rqarm.calls import Attempt
 from rqarm.codec import Result
 from rqarm.context import Context, RetryLater
-from rqarm.errors import InvalidRequest, LeaseLost, NoHandler, ResultTooLarge, RqarmError, UnpackableResult
+from rqarm.errors import ConfigError, InvalidRequest, LeaseLost, NoHandler, ResultTooLarge, RqarmError, UnpackableResult
 from rqarm.flows import Core
 from rqarm.handlers import Handlers, Match, Route
 from rqarm.manager import RequestManager
@@ -38,9 +38,14 @@ from rqarm.model import Key, State
 from rqarm.worker.loading import load_handlers
 
 log = logging.getLogger("rqarm.worker")
+T = TypeVar("T")
 
 #: errors that the same arguments bring again: retrying them burns workers
-HOPELESS = (InvalidRequest, NoHandler, UnpackableResult, ResultTooLarge)
+HOPELESS = (ConfigError, InvalidRequest, NoHandler, UnpackableResult, ResultTooLarge)
+#: seconds by which the alarm comes after the limit of an async handler, which its event loop keeps better
+ALARM_DELAY = 1.0
+#: longest wait in seconds before a server that refused the end of an attempt is told again
+PATIENCE = 1.0
 
 
 class TimeLimit(Exception):
@@ -111,7 +116,7 @@ def perform(namespace: str, key: str) -> None:
         log.info("%s: superseded, the request is %s", key, attempt)
         return
     try:
-        Execution(manager, attempt, handlers(), worker_name(job), is_renewed).run()
+        Execution(manager, attempt, worker_name(job), is_renewed).run()
     finally:
         if not is_renewed:
             _sweep_now_and_then(manager)
@@ -125,17 +130,15 @@ def _sweep_now_and_then(manager: RequestManager) -> None:
     """A plain RQ worker has no maintenance of ours: whoever has just run a job looks for the dead, if nobody has."""
     try:
         manager.shell.run(flows.sweep_if_due(manager.core))
-    except redis.exceptions.RedisError as error:
+    except (redis.exceptions.RedisError, RqarmError) as error:
         log.warning("the sweep did not run: %s", error)
 
 
 class Execution:
     """One attempt from handler to its end."""
 
-    def __init__(
-        self, manager: RequestManager, attempt: Attempt, handlers: Handlers, worker: str, is_renewed: bool
-    ) -> None:
-        self.manager, self.attempt, self.handlers, self.worker = manager, attempt, handlers, worker
+    def __init__(self, manager: RequestManager, attempt: Attempt, worker: str, is_renewed: bool) -> None:
+        self.manager, self.attempt, self.worker = manager, attempt, worker
         self.core: Core = manager.core
         self._is_renewed = is_renewed
         self._lost = threading.Event()
@@ -145,18 +148,18 @@ class Execution:
         """Match, call, end. Raises the handler's error when the request has failed for good."""
         route: Route | None = None
         try:
-            match = self.handlers.match(self.attempt.request)
+            match = handlers().match(self.attempt.request)
             route = match.route
             with self._renewing():
                 value = self._call(match)
                 if self._lost.is_set():
                     # a handler that stopped early because of it may have returned half of its answer
                     raise LeaseLost(self.attempt.key, "cancelled or taken over")
-                self._do(flows.finish(self.core, self.attempt, value, sticky=bool(route.sticky), ttl=route.ttl))
+                self._insist(flows.finish(self.core, self.attempt, value, sticky=bool(route.sticky), ttl=route.ttl))
             self._tell("completed", route)
         except LeaseLost as lost:
             self._tell(f"given up ({lost.state})", route)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 -- whatever a handler raises, its request must end
+        except BaseException as error:  # noqa: BLE001 -- whatever a handler raises, its request must end
             self._end_badly(error, route)
 
     # -- the handler
@@ -167,16 +170,18 @@ class Execution:
             self.attempt.key,
             self.attempt.number,
             self.attempt.kwargs,
-            self.handlers.resources,
+            handlers().resources,
             self._report,
             self._lost.is_set,
             self._began + self._limit(match.route),
             self.worker,
         )
-        with time_limit(self._limit(match.route)):
+        limit = self._limit(match.route)
+        with time_limit(limit):
             value = match.call(self.attempt.request, context)
-            if inspect.isawaitable(value):
-                value = _run_async(self.handlers, value)
+        if inspect.isawaitable(value):
+            with time_limit(limit, self._spent() - ALARM_DELAY):
+                value = _run_async(value, limit, self._spent())
         if isinstance(value, Result) and isinstance(value.data, Iterator):
             return replace(value, data=self._in_time(value.data, match.route))
         return self._in_time(value, match.route) if inspect.isgenerator(value) else value
@@ -185,7 +190,7 @@ class Execution:
         """The pieces of a handler's generator: what it does between them counts for its time limit."""
         while True:
             try:
-                with time_limit(self._limit(route) - (time.monotonic() - self._began)):
+                with time_limit(self._limit(route), self._spent()):
                     piece = next(pieces)
             except StopIteration:
                 if self._lost.is_set():
@@ -195,6 +200,9 @@ class Execution:
 
     def _limit(self, route: Route) -> float:
         return route.timeout or self.core.settings.timeout
+
+    def _spent(self) -> float:
+        return time.monotonic() - self._began
 
     def _report(self, fraction: float, message: str) -> None:
         try:
@@ -243,7 +251,7 @@ class Execution:
             delay = self._retry_delay(error, route)
             if delay is not None:
                 kwargs = dict(error.kwargs) if isinstance(error, RetryLater) and error.kwargs else None
-                self._do(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=kwargs))
+                self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=kwargs))
                 self._tell(f"retried in {delay:g} s", route, error)
                 return
             self._fail(packed, route)
@@ -271,10 +279,48 @@ class Execution:
     def _fail(self, packed: bytes, route: Route | None) -> None:
         failure_ttl = route.failure_ttl if route is not None else None
         negative_ttl = route.negative_ttl if route is not None else None
-        self._do(flows.fail(self.core, self.attempt, packed, failure_ttl=failure_ttl, negative_ttl=negative_ttl))
+        self._insist(flows.fail(self.core, self.attempt, packed, failure_ttl=failure_ttl, negative_ttl=negative_ttl))
 
-    def _do(self, flow: Any) -> Any:
+    def _do(self, flow: flows.Flow[T]) -> T:
         return self.manager.shell.run(flow)
+
+    def _insist(self, flow: flows.Flow[T]) -> T:
+        """Run a flow that ends the attempt, however often the server refuses, as long as the attempt may be ours.
+
+        The work is done and only its end is missing: READONLY, OOM, BUSY and the like must not undo it. Saying it
+        again is safe, each step carries the token. Raises LeaseLost when a lease has passed in vain.
+        """
+        return self._do(self._insisting(flow))
+
+    def _insisting(self, flow: flows.Flow[T]) -> flows.Flow[T]:
+        answer: Any = None
+        failure: Exception | None = None
+        while True:
+            try:
+                step = flow.send(answer) if failure is None else flow.throw(failure)
+            except StopIteration as end:
+                value: T = end.value
+                return value
+            answer = failure = None
+            try:
+                answer = yield from self._until_heard(step)
+            except Exception as error:  # noqa: BLE001 -- it belongs to the flow, which may have to tidy up
+                failure = error
+
+    def _until_heard(self, step: flows.Step) -> flows.Flow[Any]:
+        deadline = time.monotonic() + self.core.settings.lease
+        refusals = 0
+        while True:
+            try:
+                return (yield step)
+            except redis.exceptions.RedisError as error:
+                if self._lost.is_set() or time.monotonic() > deadline:
+                    self._lost.set()
+                    raise LeaseLost(self.attempt.key, "out of reach") from error
+                refusals += 1
+                pause = min(PATIENCE, 0.05 * 2**refusals) * random.uniform(0.5, 1.0)
+                log.warning("%s: the server refused, telling it again in %.1f s: %s", self.attempt.key, pause, error)
+                time.sleep(pause)
 
     def _tell(self, outcome: str, route: Route | None, error: BaseException | None = None) -> None:
         log.log(
@@ -284,36 +330,53 @@ class Execution:
             self.core.describe(self.attempt.request),
             outcome,
             route.name if route is not None else "no route",
-            time.monotonic() - self._began,
+            self._spent(),
             f": {type(error).__name__}: {error}"[:300] if error is not None else "",
         )
 
 
-def _run_async(handlers: Handlers, value: Any) -> Any:
+def _run_async(value: Awaitable[T], limit: float, spent: float) -> T:
     """Run an async handler on the event loop of this process, its async resources built first."""
     process = this_process()
     if process.runner is None:
         process.runner = asyncio.Runner()
     if not process.has_async_resources:
+        try:
+            process.runner.run(handlers().resources.start())
+        except BaseException:
+            if inspect.iscoroutine(value):
+                value.close()  # nobody will await it
+            raise
         process.has_async_resources = True
-        process.runner.run(handlers.resources.start())
+    return process.runner.run(_await_in_time(value, limit, spent))
 
-    async def await_it() -> Any:
-        return await value
 
-    return process.runner.run(await_it())
+async def _await_in_time(value: Awaitable[T], limit: float, spent: float) -> T:
+    """The loop ends the handler at its limit: an alarm may strike another task of the loop, which would swallow it."""
+    timeout = asyncio.timeout(limit - spent)
+    try:
+        async with timeout:
+            return await value
+    except TimeoutError:
+        if timeout.expired():
+            raise TimeLimit(_over(limit)) from None
+        raise
+
+
+def _over(limit: float) -> str:
+    return f"the handler ran longer than its limit of {limit:g} s"
 
 
 @contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeLimit in the block after ``seconds``; RQ's own alarm, if it is sooner, stays.
+def time_limit(limit: float, spent: float = 0.0) -> Iterator[None]:
+    """Raise TimeLimit in the block after ``limit`` seconds, ``spent`` of them gone; RQ's alarm, if it is sooner, stays.
 
     Only the main thread of a POSIX process can be interrupted so. Elsewhere RQ's limit and the parent's remain.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
-    seconds = max(seconds, 0.001)
+    seconds = max(limit - spent, 0.001)
     outer, began = signal.getitimer(signal.ITIMER_REAL)[0], time.monotonic()
     if outer and outer <= seconds:
         with _as_time_limit():
@@ -321,7 +384,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         return
 
     def ring(*_: Any) -> None:
-        raise TimeLimit(f"the handler ran longer than its limit of {seconds:g} s")
+        raise TimeLimit(_over(limit))
 
     previous = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -29,10 +29,10 @@ from rq.worker import WorkerStatus
 from rqarm import codec, flows
 from rqarm.calls import Attempt
 from rqarm.config import Settings
-from rqarm.errors import LeaseLost, NoHandler, RqarmError
+from rqarm.errors import LeaseLost, NoHandler, RequestUnknown, RqarmError
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
-from rqarm.rqjobs import PERFORM, SUFFIXES
+from rqarm.rqjobs import GRACE, PERFORM, logical_queue
 from rqarm.worker import execution
 
 log = logging.getLogger("rqarm.worker")
@@ -42,12 +42,17 @@ T = TypeVar("T")
 HARD_GRACE = 5.0
 #: longest wait in seconds before a server that refused is asked again
 PATIENCE = 5.0
+#: states in which an attempt's own end leaves its request
+ENDED = (State.COMPLETED, State.FAILED, State.PENDING)
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(slots=True)
 class _Run:
-    """The attempt that the horse runs. ``death``: why the parent killed it; "" = it did not."""
+    """The attempt that the horse runs.
+
+    ``death``: why the parent killed it; "" = it did not. ``is_ending``: the attempt has ended, the horse lives on.
+    """
 
     job_id: str
     manager: RequestManager
@@ -56,6 +61,7 @@ class _Run:
     began: float
     renewed: float
     death: str = ""
+    is_ending: bool = False
 
 
 class Worker(rq.Worker):
@@ -66,7 +72,9 @@ class Worker(rq.Worker):
 
     def __init__(self, queues: Any, *args: Any, serializer: Any = None, **kwargs: Any) -> None:
         self.settings = Settings.load()
-        kwargs.setdefault("job_monitoring_interval", max(1, int(self.settings.lease / 3)))
+        renewal = max(1, int(self.settings.lease / 3))
+        # `rq worker` always passes RQ's own 30 s, in which a lease would lapse
+        kwargs["job_monitoring_interval"] = min(kwargs.get("job_monitoring_interval", renewal), renewal)
         kwargs["serializer"] = serializer or JSONSerializer
         super().__init__(queues, *args, **kwargs)
         self._run: _Run | None = None
@@ -74,13 +82,22 @@ class Worker(rq.Worker):
 
     # -- RQ's rhythm
 
+    def bootstrap(self, *args: Any, **kwargs: Any) -> None:
+        """Raises ConfigError: who cannot load the handlers must not take requests from those who can."""
+        execution.handlers()
+        super().bootstrap(*args, **kwargs)
+
     @property
     def dequeue_timeout(self) -> int:
         """An idle worker looks up this often, in seconds: to sweep."""
         return max(1, int(self.settings.lease / 3))
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
-        super().heartbeat(timeout, pipeline=pipeline)
+        try:
+            super().heartbeat(timeout, pipeline=pipeline)
+        except RedisError as error:
+            # RQ's loop would exit. Where it asks next, it asks patiently
+            log.warning("no heartbeat: %s", error)
         if not self.is_horse:
             self._sweep_when_due()
 
@@ -112,7 +129,7 @@ class Worker(rq.Worker):
         self._swept = now + self.settings.lease / 3 * random.uniform(0.8, 1.2)
         try:
             manager = execution.manager_for(self.settings.namespace, self.connection)
-            for queue in _logical_queues(self.queue_names()):
+            for queue in dict.fromkeys(map(logical_queue, self.queue_names())):
                 if healed := manager.shell.run(flows.sweep(manager.core, queue)):
                     log.warning("queue %s: set %d requests going again that had died", queue, healed)
         except (RedisError, RqarmError) as error:
@@ -121,15 +138,20 @@ class Worker(rq.Worker):
     # -- one job
 
     def execute_job(self, job: Job, queue: rq.Queue) -> None:
+        # A SIGTERM lets a busy worker finish. RQ notes that later, when the attempt has been started.
+        self._state = WorkerStatus.BUSY
         try:
             self._run = self._start(job)
             super().execute_job(job, queue)
         except RedisError as error:
-            # RQ popped the job and could not note it: the sweep finds the request and queues it again
+            # RQ popped the job and could not note it, so no horse runs
             log.warning("%s: the server refused in the middle of a job: %s", job.id, error)
+            self.executions.clear()
+            self._patiently(self._hand_back)
             self._patiently(lambda: self.set_state(WorkerStatus.IDLE))
         except SystemExit:
-            self._hand_back()
+            with contextlib.suppress(RedisError):
+                self._hand_back()
             raise
         finally:
             execution.handed_over.pop(job.id, None)
@@ -137,16 +159,24 @@ class Worker(rq.Worker):
 
     def _start(self, job: Job) -> _Run | None:
         """Start the attempt here, before the fork: the parent must know the token of what it watches over."""
-        if job.func_name != PERFORM:
+        try:
+            if job.func_name != PERFORM:
+                return None
+            namespace, key = job.args
+            manager = execution.manager_for(namespace, self.connection)
+            began = time.monotonic()
+            attempt = self._patiently(lambda: manager.shell.run(flows.start(manager.core, Key(key), job.id, self.name)))
+        except Exception as error:  # noqa: BLE001 -- one bad job must not end the worker
+            # It cannot be read, or the record is not ours. The horse meets the same, and RQ notes that it failed.
+            log.warning("%s: not started here: %s: %s", job.id, type(error).__name__, error)
             return None
-        namespace, key = job.args
-        manager = execution.manager_for(namespace, self.connection)
-        began = time.monotonic()
-        attempt = self._patiently(lambda: manager.shell.run(flows.start(manager.core, Key(key), job.id, self.name)))
         execution.handed_over[job.id] = attempt
         if isinstance(attempt, State):
             return None
-        return _Run(job.id, manager, attempt, self._limit_of(attempt, manager), began, began)
+        limit = self._limit_of(attempt, manager)
+        # RQ's own limit was written by a client, which knows no routes
+        job.timeout = max(int(job.timeout or 0), int(limit) + GRACE)
+        return _Run(job.id, manager, attempt, limit, began, began)
 
     def _limit_of(self, attempt: Attempt, manager: RequestManager) -> float:
         default = manager.settings.timeout
@@ -155,13 +185,20 @@ class Worker(rq.Worker):
         except (NoHandler, RqarmError):
             return default  # the horse will say what is wrong with it
 
+    def fork_work_horse(self, job: Job, queue: rq.Queue) -> None:
+        self._obituary = "the process ended without a result (exit code 0)"
+        super().fork_work_horse(job, queue)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.setpgid(self.horse_pid, self.horse_pid)  # the horse does so too; whoever comes first
+
     def monitor_work_horse(self, job: Job, queue: rq.Queue, rq_execution: RqExecution) -> None:
         run, group = self._run, self.horse_pid
         try:
             super().monitor_work_horse(job, queue, rq_execution)
+        except RedisError as error:
+            log.warning("%s: the server refused after the horse's end: %s", job.id, error)
         finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(group, signal.SIGKILL)  # what the handler left running
+            _kill_group(group, signal.SIGKILL)  # what the handler left running
         if run is not None:
             self._account_for(run)
 
@@ -180,6 +217,10 @@ class Worker(rq.Worker):
             run.manager.shell.run(flows.renew(run.manager.core, run.attempt))
             run.renewed = sent
         except LeaseLost as lost:
+            if lost.state in ENDED and not run.is_ending:
+                # most likely by the horse itself, which is now telling RQ: a kill would be noted there as a failure
+                run.is_ending, run.renewed = True, sent
+                return
             run.death = str(lost.state)
             log.warning("%s: %s", run.attempt.key, lost)
         except RedisError as error:
@@ -194,26 +235,23 @@ class Worker(rq.Worker):
 
     def _account_for(self, run: _Run) -> None:
         """The horse is gone. If its attempt is still open, nobody else can say so."""
-        flow: flows.Flow[object] = flows.crash(
-            run.manager.core, run.attempt, codec.pack_error("WorkHorseDied", self._obituary, "")
-        )
-        if run.death == "time limit":
-            message = f"the handler did not stop at its limit of {run.limit:g} s and was killed"
-            flow = flows.fail(run.manager.core, run.attempt, codec.pack_error(execution.TimeLimit, message, ""))
-        elif run.death == "stopped":
-            flow = flows.cancel(run.manager.core, run.attempt.key)
         try:
-            word = self._patiently(lambda: run.manager.shell.run(flow))
-        except LeaseLost:
+            word = self._patiently(lambda: run.manager.shell.run(self._last_words(run)))
+        except (LeaseLost, RequestUnknown):
             return
         if word in ("requeued", "quarantined"):
             log.warning("%s: %s, %s", run.attempt.key, self._obituary, word)
 
-    _obituary = "the process ended without a result"
+    def _last_words(self, run: _Run) -> flows.Flow[object]:
+        core, attempt = run.manager.core, run.attempt
+        if run.death == "time limit":
+            message = f"the handler did not stop at its limit of {run.limit:g} s and was killed"
+            return flows.fail(core, attempt, codec.pack_error(execution.TimeLimit, message, ""))
+        if run.death == "stopped":
+            return flows.cancel(core, attempt.key)
+        return flows.crash(core, attempt, codec.pack_error("WorkHorseDied", self._obituary, ""))
 
-    def fork_work_horse(self, job: Job, queue: rq.Queue) -> None:
-        self._obituary = "the process ended without a result (exit code 0)"
-        super().fork_work_horse(job, queue)
+    _obituary = "the process ended without a result"
 
     def handle_work_horse_killed(self, job: Job, retpid: Any, ret_val: Any, rusage: Any) -> None:
         peak_mib = rusage.ru_maxrss // 1024 if rusage is not None else 0
@@ -224,41 +262,37 @@ class Worker(rq.Worker):
             self._obituary = f"the process exited with code {os.waitstatus_to_exitcode(ret_val)}"
         super().handle_work_horse_killed(job, retpid, ret_val, rusage)  # type: ignore[no-untyped-call]
 
-    def request_stop_execution(self, execution_id: str) -> None:
-        """RQ's stop-job command: for our requests it is a cancellation."""
-        stopped = self.executions.get(execution_id)
+    def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
+        """Kill the horse with its group. RQ's way kills the worker when there is no horse, or it has no group yet."""
         run = self._run
-        if stopped is not None and run is not None and run.job_id == stopped.job_id:
-            run.death = "stopped"
-        super().request_stop_execution(execution_id)
+        if run is not None and self._stopped_job_id == run.job_id:
+            run.death = "stopped"  # RQ's stop-job and stop-execution: for our requests a cancellation
+        if self.horse_pid:
+            self.log.info("Worker %s: killing horse pid %s", self.name, self.horse_pid)
+            _kill_group(self.horse_pid, sig)
 
     def _hand_back(self) -> None:
-        """A cold shutdown has killed the horse: the request goes back unharmed, next in line."""
+        """The horse does not run, or a cold shutdown has killed it: the request goes back unharmed, next in line."""
         run = self._run
         if run is not None:
-            with contextlib.suppress(LeaseLost, RedisError):
+            with contextlib.suppress(LeaseLost):
                 run.manager.shell.run(flows.release(run.manager.core, run.attempt))
 
     # -- the horse
 
     def setup_work_horse_signals(self) -> None:
         super().setup_work_horse_signals()  # type: ignore[no-untyped-call]
-        _die_with_parent()
+        _die_with(self.pid)
 
 
-def _die_with_parent() -> None:
+def _kill_group(group: int, sig: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, sig)
+
+
+def _die_with(parent: int | None) -> None:
     """A horse whose parent was killed must not go on: nobody renews its lease. Linux only; elsewhere it is fenced."""
     if sys.platform == "linux":
-        parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent or parent == 1:
+        if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _logical_queues(names: list[str]) -> list[str]:
-    """Our queues behind RQ's: each priority has one of its own."""
-    suffixes = [suffix for suffix in SUFFIXES.values() if suffix]
-    found = dict.fromkeys(
-        next((name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)), name) for name in names
-    )
-    return list(found)

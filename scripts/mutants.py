@@ -1,0 +1,172 @@
+"""The mutation gate: break the system on purpose, one way at a time, and see that the tests notice.
+
+    python scripts/mutants.py [NAME ...] [--tests tests/test_transitions.py tests/test_model.py ...]
+
+Each mutant is the package with one piece of text replaced, in a copy. It is caught when the tests fail on it. Exit code 1
+when one lives, or when its text is no longer in the source: then write it anew, do not drop it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ["tests/test_transitions.py", "tests/test_model.py", "tests/test_execution.py", "tests/test_waiting.py"]
+HELD = "if claim.state ~= 'in_progress' or claim.token ~= token then"
+NOT_FENCED = "if claim.state ~= 'in_progress' then"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    path: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    Mutant("complete-without-token", "lua/complete.lua", HELD, NOT_FENCED),
+    Mutant("fail-without-token", "lua/fail.lua", HELD, NOT_FENCED),
+    Mutant("renew-without-token", "lua/renew.lua", HELD, NOT_FENCED),
+    Mutant("retry-without-token", "lua/retry.lua", HELD, NOT_FENCED),
+    Mutant("release-without-token", "lua/release.lua", HELD, NOT_FENCED),
+    Mutant("crash-without-lease-check", "lua/crash.lua", "(tonumber(claim.lease_until) or now_ms) <= now_ms", "true"),
+    Mutant(
+        "start-without-ticket-check",
+        "lua/start.lua",
+        "state == 'pending' and claim.job_id == job_id",
+        "state == 'pending'",
+    ),
+    Mutant("start-runs-what-runs", "lua/start.lua", "elseif state == 'pending' and", "elseif state ~= 'completed' and"),
+    Mutant("start-forgets-its-exec", "lua/start.lua", "claim.exec == exec", "false"),
+    Mutant("start-keeps-a-ttl", "lua/prelude.lua", "  redis.call('PERSIST', status)\n", ""),
+    Mutant("no-crash-limit", "lua/crash.lua", "if crashes >= max_attempts then", "if false then"),
+    Mutant("submit-without-crash-limit", "lua/submit.lua", "strikes + 1 >= max_attempts", "false"),
+    Mutant(
+        "token-from-the-clock-alone",
+        "lua/prelude.lua",
+        "math.max(tonumber(redis.call('GET', seq_name()) or 0) + 1, now_us)",
+        "now_us - now_us % 1000000",
+    ),
+    Mutant(
+        "token-from-a-counter-alone",
+        "lua/prelude.lua",
+        "math.max(tonumber(redis.call('GET', seq_name()) or 0) + 1, now_us)",
+        "tonumber(redis.call('GET', seq_name()) or 0) + 1",
+    ),
+    Mutant("complete-keeps-the-lock", "lua/prelude.lua", "  redis.call('DEL', lock_name(key))\n", ""),
+    Mutant(
+        "complete-keeps-the-lease",
+        "lua/prelude.lua",
+        "  redis.call('DEL', lock_name(key))\n  redis.call('ZREM', leases_name(), key)\n",
+        "  redis.call('DEL', lock_name(key))\n",
+    ),
+    Mutant("no-wake-up", "lua/prelude.lua", "  wake(key, 'completed')\n", ""),
+    Mutant("commit-of-a-torn-result", "lua/complete.lua", "if missing > 0 then", "if false then"),
+    Mutant(
+        "chunks-keep-their-short-life",
+        "lua/prelude.lua",
+        "do expire_at(chunk_name(key, stored[1], n), deadline_ms) end",
+        "do end",
+    ),
+    Mutant(
+        "joiner-lowers-the-ttl", "lua/submit.lua", "if value > (tonumber(claim[field]) or 0) then", "if value > 0 then"
+    ),
+    Mutant("hit-shortens-the-ttl", "lua/submit.lua", "ttl_ms > 0 and wanted_ms > until_ms", "ttl_ms > 0"),
+    Mutant(
+        "sticky-gets-a-ttl",
+        "lua/prelude.lua",
+        "set_deadline(key, not sticky and now_ms + ttl_ms or nil)",
+        "set_deadline(key, now_ms + ttl_ms)",
+    ),
+    Mutant(
+        "submit-joins-a-lapsed-lease",
+        "lua/submit.lua",
+        "is_live = tonumber(claim.lease_until) > clock[1] * 1000 + clock[2] / 1000",
+        "is_live = true",
+    ),
+    Mutant(
+        "submit-joins-a-lost-ticket",
+        "lua/submit.lua",
+        "is_live = DELIVERED[redis.call('HGET', job_prefix .. claim.job_id, 'status') or '']",
+        "is_live = true",
+    ),
+    Mutant("submit-twice-queues-twice", "lua/submit.lua", "if claim.job_id == job_id then", "if false then"),
+    Mutant("submit-ignores-another-uri", "lua/submit.lua", "if state and claim.uri ~= uri then", "if false then"),
+    Mutant("sweep-without-re-push", "lua/sweep.lua", "    report(ticketless, key, claim, claim.job_id)\n", ""),
+    Mutant(
+        "sweep-without-clamp",
+        "lua/sweep.lua",
+        "if tonumber(fields.lease_until) > now_ms + 2 * one then",
+        "if false then",
+    ),
+    Mutant("revive-whatever-is-queued", "lua/revive.lua", " or claim.job_id ~= old_job_id", ""),
+    Mutant(
+        "cancel-leaves-the-line",
+        "lua/prelude.lua",
+        "local function land(key, fields)\n  leave_line(key, fields)\n",
+        "local function land(key, fields)\n",
+    ),
+    Mutant(
+        "load-is-never-given-back",
+        "lua/prelude.lua",
+        "if est_ms > 0 then add_load(fields.queue, fields.slot, int(-est_ms)) end",
+        "",
+    ),
+    Mutant(
+        "forget-in-flight", "lua/forget.lua", "if state == 'pending' or state == 'in_progress' then", "if false then"
+    ),
+    Mutant("waiter-reads-before-it-listens", "flows.py", "    yield Watch(tuple(waiting))\n", ""),
+    Mutant(
+        "waiter-trusts-the-wake-up",
+        "flows.py",
+        "asked = [key for key in waiting if key in woken] or tuple(waiting)",
+        "asked = [key for key in waiting if key in woken]",
+    ),
+]
+
+
+def caught(mutant: Mutant, tests: list[str]) -> bool:
+    with tempfile.TemporaryDirectory(prefix="rqarm-mutant-") as directory:
+        package = Path(directory) / "rqarm"
+        shutil.copytree(ROOT / "rqarm", package, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("tests", "examples", "docs", "pyproject.toml"):
+            os.symlink(ROOT / name, Path(directory) / name)
+        source = package / mutant.path
+        text = source.read_text()
+        if text.count(mutant.old) != 1:
+            raise SystemExit(f"{mutant.name}: its text stands {text.count(mutant.old)} times in {mutant.path}")
+        source.write_text(text.replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+        # an installed rqarm must not shadow the mutant
+        run = subprocess.run(command, cwd=directory, env={**os.environ, "PYTHONPATH": directory}, capture_output=True)
+        if run.returncode not in (0, 1):
+            raise SystemExit(f"{mutant.name}: the tests did not run:\n{run.stdout.decode()[-2000:]}")
+        return run.returncode == 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--tests", nargs="*", default=TESTS)
+    options = parser.parse_args()
+    wanted = [mutant for mutant in MUTANTS if not options.names or mutant.name in options.names]
+    alive = []
+    for mutant in wanted:
+        is_caught = caught(mutant, options.tests)
+        print(f"{'caught' if is_caught else 'ALIVE ':<8}{mutant.name}", flush=True)
+        if not is_caught:
+            alive.append(mutant.name)
+    print(f"\n{len(wanted) - len(alive)} of {len(wanted)} caught")
+    raise SystemExit(1 if alive else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The state audit: what must be true of the key space between any two transitions.
+
+``audit`` reads everything once and fails with the list of all that is wrong. It takes nothing on trust from the
+scripts: sums are added up anew, indexes are compared with the records they point at, both ways.
+
+A breach is tolerated only where the design says so: an entry of the results index may outlive its result (TTL,
+eviction, DEL) until the sweep or the next claim; ``lost`` names the requests whose ticket a test took away.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import redis
+from drive import Snapshot, arguments_of, server_ms, snapshot
+from rq.job import Job
+
+from rqarm.keys import Keys
+
+STRIDE = 2.5e15
+RADIX = 128
+IN_FLIGHT = ("pending", "in_progress")
+#: keys of ours that may carry a TTL: a result and its record, and the throttle of the sweep
+MAY_EXPIRE = ("status:", "result:", "chunk:", "callbacks:", "swept")
+RQ_LIST = "rq:queue:"
+TICKET = re.compile(r"^(?P<key>[A-Za-z0-9_-]+)-[0-9a-f]{8}$")
+
+
+def audit(client: redis.Redis, keys: Keys, *, lost: Collection[str] = ()) -> None:
+    """Fails the test unless every invariant holds. ``lost``: keys whose RQ ticket was taken away or put elsewhere."""
+    now_ms = server_ms(client)
+    breaches = _Audit(snapshot(client), keys, now_ms, lost).breaches()
+    assert not breaches, "\n".join(["the key space is inconsistent:", *breaches])
+
+
+class _Audit:
+    def __init__(self, stored: Snapshot, keys: Keys, now_ms: int, lost: Collection[str]) -> None:
+        self.stored, self.keys, self.now_ms, self.lost = stored, keys, now_ms, lost
+        prefix = keys.status("")  # type: ignore[arg-type]
+        self.records: dict[str, dict[str, str]] = {
+            name.removeprefix(prefix): _texts(value)
+            for name, (_, value, _) in stored.items()
+            if name.startswith(prefix)
+        }
+        self.found: list[str] = []
+
+    def breaches(self) -> list[str]:
+        self._nothing_in_flight_expires()
+        self._leases()
+        self._lines()
+        self._loads()
+        self._locks()
+        self._results()
+        self._quarantine()
+        self._tickets()
+        return self.found
+
+    def _check(self, holds: Any, claim: str) -> None:
+        if not holds:
+            self.found.append(f"- {claim}")
+
+    def _value(self, kind: str, **parts: str) -> Any:
+        entry = self.stored.get(self.keys.named(kind, **parts))
+        return None if entry is None else entry[1]
+
+    def _zset(self, kind: str, **parts: str) -> dict[str, float]:
+        return {member.decode(): score for member, score in self._value(kind, **parts) or []}
+
+    def _expiry(self, kind: str, **parts: str) -> int | None:
+        entry = self.stored.get(self.keys.named(kind, **parts))
+        return None if entry is None else entry[2]
+
+    def _in_state(self, *states: str) -> dict[str, dict[str, str]]:
+        return {key: record for key, record in self.records.items() if record.get("state") in states}
+
+    def _nothing_in_flight_expires(self) -> None:
+        for name, (_, _, expires) in self.stored.items():
+            if name.startswith(self.keys.prefix) and expires >= 0:
+                own = name.removeprefix(self.keys.prefix)
+                self._check(own.startswith(MAY_EXPIRE), f"{name} has a TTL")
+        for key in self._in_state(*IN_FLIGHT):
+            for kind in ("status", "lock", "callbacks"):
+                expires = self._expiry(kind, key=key)
+                self._check(expires in (-1, None), f"{kind} of {key} in flight has a TTL")
+
+    def _leases(self) -> None:
+        leases = self._zset("leases")
+        running = self._in_state("in_progress")
+        self._check(leases.keys() == running.keys(), f"leases {sorted(leases)} are not those of {sorted(running)}")
+        for key, record in running.items():
+            self._check({"token", "exec", "lease_until"} <= record.keys(), f"{key} runs without token, exec or lease")
+            self._check(leases.get(key) == float(record.get("lease_until", "nan")), f"lease of {key}: index and record")
+        for key in self.records.keys() - running.keys():
+            held = {"token", "exec", "lease_until"} & self.records[key].keys()
+            self._check(not held, f"{key} is {self.records[key].get('state')} and still has {held}")
+
+    def _queues(self) -> set[str]:
+        prefix = self.keys.named("pending", queue="")
+        stored = {name.removeprefix(prefix) for name in self.stored if name.startswith(prefix)}
+        return stored | {record["queue"] for record in self._in_state("pending").values()}
+
+    def _lines(self) -> None:
+        for queue in self._queues():
+            line = self._zset("pending", queue=queue)
+            waiting = {key: r for key, r in self._in_state("pending").items() if r["queue"] == queue}
+            self._check(line.keys() == waiting.keys(), f"line {queue} {sorted(line)} is not {sorted(waiting)}")
+            for key, record in waiting.items():
+                score = int(record["priority"]) * STRIDE + int(record["ticket"])
+                self._check(line.get(key) == score, f"{key} stands at {line.get(key)}, not at {score}")
+            known = self._value("queues") or []
+            self._check(not waiting or queue.encode() in known, f"queue {queue} is used and not listed")
+
+    def _loads(self) -> None:
+        prefix = self.keys.named("load", queue="")
+        for queue in self._queues() | {n.removeprefix(prefix) for n in self.stored if n.startswith(prefix)}:
+            waiting = [r for r in self._in_state("pending").values() if r["queue"] == queue]
+            load = {name: int(sum_ms) for name, sum_ms in _texts(self._value("load", queue=queue) or {}).items()}
+            self._check(waiting or not load, f"load of {queue} outlives its line: {load}")
+            wanted: Counter[str] = Counter()
+            for record in waiting:
+                rank, n = record["slot"].split(":")
+                self._check(rank == record["priority"], f"slot {record['slot']} of priority {record['priority']}")
+                self._check(int(n) <= load.get(f"{rank}n", 0), f"slot {record['slot']} was never given out")
+                for field in (f"{rank}t", *(f"{rank}{level}:{int(n) // RADIX**level}" for level in range(3))):
+                    wanted[field] += int(record["est_ms"])
+            sums = {name: sum_ms for name, sum_ms in load.items() if sum_ms and name[1:] not in ("n", "f")}
+            wanted_sums = {name: sum_ms for name, sum_ms in wanted.items() if sum_ms}
+            self._check(sums == wanted_sums, f"load of {queue} is {sums}, the line adds up to {wanted_sums}")
+            self._check(all(sum_ms >= 0 for sum_ms in load.values()), f"load of {queue} is below 0: {load}")
+
+    def _locks(self) -> None:
+        prefix = self.keys.named("lock", key="")
+        locks = {n.removeprefix(prefix): v[1].decode() for n, v in self.stored.items() if n.startswith(prefix)}
+        held = {key: record.get("job_id") for key, record in self._in_state(*IN_FLIGHT).items()}
+        self._check(locks == held, f"locks {locks} are not the claims {held}")
+
+    def _results(self) -> None:
+        index, sizes = self._zset("results"), self._zset("sizes")
+        prefix = self.keys.named("result", key="")
+        results = {n.removeprefix(prefix): entry for n, entry in self.stored.items() if n.startswith(prefix)}
+        for key, (_, value, expires) in results.items():
+            fields = _texts(value)
+            record = self.records.get(key, {})
+            self._check(record.get("state") == "completed", f"{key} has a result and is {record.get('state')}")
+            self._check(index.get(key) == (expires if expires >= 0 else float("inf")), f"{key}: index and TTL disagree")
+            self._check(self._expiry("status", key=key) == expires, f"{key}: record and result expire apart")
+            sticky = record.get("sticky") == "1"
+            self._check(sticky == (expires < 0), f"{key}: sticky is {sticky}, it expires at {expires}")
+            for n in range(int(fields["chunks"])):
+                chunk = self._expiry("chunk", key=key, owner=fields["owner"], n=str(n))
+                self._check(chunk == expires, f"{key}: chunk {n} expires at {chunk}, the result at {expires}")
+        for key, due_ms in index.items():
+            if key not in results and due_ms > self.now_ms:
+                state = self.records.get(key, {}).get("state", "unknown")
+                self._check(state in ("completed", "unknown"), f"{key} is {state} and still in the results index")
+        self._check(sizes.keys() == index.keys(), f"sizes of {sorted(sizes)}, results of {sorted(index)}")
+        counted = int((self._value("stats", family="cache") or {}).get(b"bytes", 0))
+        self._check(counted == sum(sizes.values()), f"{counted} bytes are counted, {sum(sizes.values())} are stored")
+
+    def _quarantine(self) -> None:
+        aside = {key for key, record in self._in_state("failed").items() if record.get("quarantined") == "1"}
+        index = self._zset("quarantine")
+        self._check(index.keys() == aside, f"quarantine {sorted(index)}, records say {sorted(aside)}")
+        for key, record in self.records.items():
+            marked = record.get("quarantined") == "1"
+            self._check(not marked or record.get("state") == "failed", f"{key} is marked as quarantined")
+        for key in aside:
+            self._check(self._expiry("status", key=key) == -1, f"{key} is quarantined and expires")
+
+    def _tickets(self) -> None:
+        prefix: str = Job.redis_job_namespace_prefix
+        jobs = {n.removeprefix(prefix): entry for n, entry in self.stored.items() if n.startswith(prefix)}
+        for job_id, (_, value, _) in jobs.items():
+            call = arguments_of(value[b"data"])
+            if call[0] == "rqarm.worker.perform" and call[2][0] == self.keys.namespace:
+                match = TICKET.match(job_id)
+                self._check(match and match["key"] == call[2][1], f"job {job_id} calls for {call[2]}")
+        for key, record in self._in_state("pending").items():
+            if key not in self.lost:
+                self._delivery(key, record, jobs.get(record["job_id"]))
+
+    def _delivery(self, key: str, record: dict[str, str], job: tuple[str, Any, int] | None) -> None:
+        """A pending request has one ticket, and that stands where its record says."""
+        if job is None:
+            self._check(False, f"the ticket of {key} is gone")
+            return
+        self._check(job[2] == -1, f"the ticket of {key} expires")
+        name = record["queue"] + ("-high", "", "-low")[int(record["priority"])]
+        entries = (self.stored.get(RQ_LIST + name) or ("list", [], -1))[1]
+        scheduled = (self.stored.get(f"rq:scheduled:{name}") or ("zset", [], -1))[1]
+        places = [*entries, *(member for member, _ in scheduled)].count(record["job_id"].encode())
+        self._check(places >= 1, f"the ticket of {key} is not in {name}")
+
+
+def _texts(fields: dict[bytes, bytes]) -> dict[str, str]:
+    return {name.decode(): value.decode("latin-1") for name, value in fields.items()}

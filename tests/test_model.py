@@ -1,0 +1,581 @@
+"""A state machine against a real server: random transitions, faults and zombies on four keys, and a model in Python.
+
+The model is a plain restatement of design.md, without indexes, sums or TTLs: a dict of records, RQ's three lists, the
+set of RQ's jobs. After each step the server must agree with it on the answer, the records, the order in line and RQ's
+lists; and the state audit must find nothing.
+
+Time does not pass here: what lapses or grows old is set back by hand. ``RQARM_EXPLORE=1000`` runs that many examples
+with new random steps instead of the fixed ones.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import servers
+from audit import audit
+from drive import Rig
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from rqarm import connect, embedded, flows
+from rqarm.calls import Attempt, Overdue, Ticket
+from rqarm.model import Key, Priority, State
+from rqarm.request import BatchRequest
+
+EXAMPLES = int(os.environ.get("RQARM_EXPLORE", "0"))
+PROFILE = settings(
+    max_examples=EXAMPLES or 60,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=not EXAMPLES,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+HOUR_MS = 3_600_000
+URIS = tuple(f"/{n}" for n in range(4))
+
+uris = st.sampled_from(URIS)
+priorities = st.sampled_from(Priority)
+
+
+@dataclass
+class Record:
+    """What a request is, as design.md has it."""
+
+    state: str
+    order: int = 0
+    job_id: str = ""
+    priority: int = 1
+    sticky: bool = False
+    ttl_ms: int = 0
+    fallback_ms: int = 0
+    token: int = 0
+    execution: str = ""
+    done_token: int = 0
+    attempts: int = 0
+    retries: int = 0
+    crashes: int = 0
+    lapsed: bool = False
+    quarantined: bool = False
+    negative: bool = False
+    has_result: bool = False
+    life_ms: int = 0
+    moved_by: str = ""
+    aside_by: str = ""
+
+    @property
+    def in_flight(self) -> bool:
+        return self.state in ("pending", "in_progress")
+
+
+@dataclass
+class World:
+    records: dict[str, Record] = field(default_factory=dict)
+    lists: tuple[list[str], list[str], list[str]] = field(default_factory=lambda: ([], [], []))
+    jobs: dict[str, str] = field(default_factory=dict)
+    payloads: dict[str, set[str]] = field(default_factory=dict)
+    taken: tuple[str, str] | None = None  # execution and URI of the last take
+
+
+class Machine(RuleBasedStateMachine):
+    """The rules are what anybody may do at any time."""
+
+    server: embedded.PrivateServer
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.client = connect.open_client(self.server.url)
+        self.client.flushall()
+        self.rig = Rig(self.client)
+        self.world = World()
+        self.orders = 0
+        self.newest_token = 0
+        #: everything ever handed out, for zombies and duplicates
+        self.attempts: dict[str, list[Attempt]] = {uri: [] for uri in URIS}
+        self.tickets: dict[str, list[str]] = {uri: [] for uri in URIS}
+
+    def teardown(self) -> None:
+        self.client.close()
+
+    # -- the model's moves
+
+    def key(self, uri: str) -> Key:
+        return BatchRequest(uri).key
+
+    def uri_of(self, job_id: str) -> str:
+        return next(uri for uri in URIS if job_id.startswith(self.key(uri)))
+
+    def next_order(self) -> int:
+        self.orders += 1
+        return self.orders
+
+    def push(self, uri: str, job_id: str, rank: int, *, front: bool = False, delayed: bool = False) -> None:
+        """RQ's side of a new ticket."""
+        self.tickets[uri].append(job_id)
+        self.world.jobs[job_id] = "scheduled" if delayed else "queued"
+        if not delayed:
+            self.world.lists[rank].insert(0 if front else len(self.world.lists[rank]), job_id)
+
+    def back_in_line(self, record: Record, job_id: str) -> None:
+        record.state, record.job_id, record.lapsed = "pending", job_id, False
+        record.token, record.execution = 0, ""
+
+    def has_ticket(self, record: Record) -> bool:
+        delivery = self.world.jobs.get(record.job_id)
+        return delivery == "scheduled" or (delivery == "queued" and record.job_id in self.world.lists[record.priority])
+
+    def began(self, uri: str, record: Record, execution: str, attempt: Attempt) -> None:
+        """An attempt begins: what its holder is told agrees with the model."""
+        record.attempts += 1
+        record.state, record.execution, record.token = "in_progress", execution, int(attempt.token)
+        record.lapsed = record.quarantined = record.negative = False
+        assert record.token > self.newest_token, "tokens rise"
+        self.newest_token = record.token
+        assert (attempt.number, attempt.retries, attempt.crashes) == (record.attempts, record.retries, record.crashes)
+        assert attempt.request.uri == uri
+        self.attempts[uri].append(attempt)
+
+    def landed(self, record: Record, state: str) -> None:
+        record.state, record.token, record.execution, record.lapsed = state, 0, "", False
+
+    def died(self, uri: str, record: Record, job_id: str, *, delayed: bool) -> str:
+        record.crashes += 1
+        if record.crashes >= self.rig.settings.max_attempts:
+            self.landed(record, "failed")
+            record.quarantined, record.aside_by = True, job_id
+            return "quarantined"
+        self.back_in_line(record, job_id)
+        self.push(uri, job_id, record.priority, delayed=delayed)
+        return "requeued"
+
+    # -- requests
+
+    @rule(
+        uri=uris,
+        kind=st.sampled_from(["temporary", "sticky", "ttl"]),
+        hours=st.integers(1, 3),
+        fallback=st.integers(1, 3),
+        priority=priorities,
+        payload=st.sampled_from(["", "p", "q"]),
+        again=st.booleans(),
+        resend=st.booleans(),
+    )
+    def submit(
+        self,
+        uri: str,
+        kind: str,
+        hours: int,
+        fallback: int,
+        priority: Priority,
+        payload: str,
+        again: bool,
+        resend: bool,
+    ) -> None:
+        request = BatchRequest(
+            uri,
+            sticky=kind == "sticky",
+            ttl=hours * 3600.0 if kind == "ttl" else None,
+            priority=priority,
+            estimated_time=float(hours),
+        )
+        rig = Rig(self.client, ttl=fallback * 3600.0)
+        ticket = rig.ticket(request)
+        record = self.world.records.get(uri)
+        if resend and record is not None and record.job_id:
+            ticket = Ticket(record.job_id, ticket.commands, ticket.data)
+        wanted = self.submitted(uri, record, request, fallback, ticket.job_id, payload, again)
+        assert rig.word(rig.submit(request, ticket, payload=payload.encode(), again=again)) == wanted
+
+    def submitted(
+        self,
+        uri: str,
+        record: Record | None,
+        request: BatchRequest,
+        fallback: int,
+        job_id: str,
+        payload: str,
+        again: bool,
+    ) -> str:
+        ttl_ms, fallback_ms = int((request.ttl or 0) * 1000), fallback * HOUR_MS
+        is_mine = record is not None and record.job_id == job_id
+        if record is not None and record.state == "completed" and record.has_result and (not again or is_mine):
+            if request.sticky:
+                record.sticky = True
+            elif not record.sticky and ttl_ms > record.life_ms:
+                record.life_ms = ttl_ms
+            return "hit"
+        if record is not None and is_mine:
+            return "joined" if record.moved_by == job_id else "new"
+        if record is not None and record.in_flight:
+            return self.met_in_flight(uri, record, request, ttl_ms, fallback_ms, job_id, payload)
+        if record is not None and not again and (record.quarantined or record.negative):
+            return "negative"
+        if record is None or record.state != "failed":
+            self.world.payloads.pop(uri, None)
+        self.world.records[uri] = Record(
+            "pending",
+            order=self.next_order(),
+            job_id=job_id,
+            priority=int(request.priority),
+            sticky=request.sticky,
+            ttl_ms=ttl_ms,
+            fallback_ms=fallback_ms,
+        )
+        self.keep(uri, payload)
+        self.push(uri, job_id, request.priority)
+        return "new"
+
+    def met_in_flight(
+        self,
+        uri: str,
+        record: Record,
+        request: BatchRequest,
+        ttl_ms: int,
+        fallback_ms: int,
+        job_id: str,
+        payload: str,
+    ) -> str:
+        self.keep(uri, payload)
+        if record.state == "in_progress" and record.lapsed:
+            record.crashes += 1
+            if record.crashes >= self.rig.settings.max_attempts:
+                self.landed(record, "failed")
+                record.quarantined = True
+                return "negative"
+            outcome = "new"
+        elif record.state == "pending" and record.job_id not in self.world.jobs:
+            outcome = "new"
+        else:
+            outcome = "joined"
+        record.sticky |= request.sticky
+        record.ttl_ms = max(record.ttl_ms, ttl_ms)
+        record.fallback_ms = max(record.fallback_ms, fallback_ms)
+        moves = request.priority < record.priority
+        if outcome == "new" or (record.state == "pending" and moves):
+            if moves:
+                record.priority, record.order = int(request.priority), self.next_order()
+            if outcome == "joined":
+                record.moved_by = job_id
+            self.back_in_line(record, job_id)
+            self.push(uri, job_id, request.priority)
+        return outcome
+
+    def keep(self, uri: str, payload: str) -> None:
+        if payload:
+            self.world.payloads.setdefault(uri, set()).add(payload)
+
+    @rule(uri=uris)
+    def cancel(self, uri: str) -> None:
+        record = self.world.records.get(uri)
+        wanted = "unknown" if record is None else "cancelled" if record.in_flight else "ended"
+        assert self.rig.word(self.rig.calls.cancel(self.key(uri))) == wanted
+        if record is not None and record.in_flight:
+            self.landed(record, "cancelled")
+            self.world.payloads.pop(uri, None)
+
+    @rule(uri=uris)
+    def forget(self, uri: str) -> None:
+        record = self.world.records.get(uri)
+        wanted = "unknown" if record is None else "in_flight" if record.in_flight else "forgotten"
+        assert self.rig.word(self.rig.calls.forget(self.key(uri))) == wanted
+        if wanted == "forgotten":
+            del self.world.records[uri]
+            self.world.payloads.pop(uri, None)
+
+    @rule(uri=uris, sticky=st.booleans(), twice=st.booleans())
+    def put(self, uri: str, sticky: bool, twice: bool) -> None:
+        call = self.rig.put(BatchRequest(uri, sticky=sticky), secrets.token_hex(8))
+        for _ in range(1 + twice):
+            assert self.rig.word(call) == "stored"
+        record = self.world.records.setdefault(uri, Record("completed"))
+        self.stored(uri, record, sticky, int(self.rig.settings.ttl * 1000))
+
+    def stored(self, uri: str, record: Record, sticky: bool, life_ms: int) -> None:
+        self.landed(record, "completed")
+        record.has_result, record.sticky, record.life_ms = True, sticky, life_ms
+        record.quarantined = record.negative = False
+        self.world.payloads.pop(uri, None)
+
+    @rule(temporary_only=st.booleans())
+    def clear(self, temporary_only: bool) -> None:
+        gone = [
+            uri
+            for uri, record in self.world.records.items()
+            if record.state == "completed" and not (temporary_only and record.sticky)
+        ]
+        assert self.rig.run(flows.clear(self.rig.core, temporary_only=temporary_only)) == len(gone)
+        for uri in gone:
+            del self.world.records[uri]
+
+    # -- attempts
+
+    @rule(resend=st.booleans())
+    def take(self, resend: bool) -> None:
+        taken = self.world.taken
+        is_again = resend and taken is not None
+        execution = taken[0] if is_again and taken is not None else secrets.token_hex(8)
+        answer = self.rig.ask(self.rig.take(execution))
+        if is_again and taken is not None:
+            record = self.world.records.get(taken[1])
+            if record is not None and record.execution == execution:
+                assert isinstance(answer, Attempt)
+                assert int(answer.token) == record.token
+                return
+        uri = self.popped()
+        if uri is None:
+            assert isinstance(answer, str)
+            return
+        assert isinstance(answer, Attempt)
+        self.began(uri, self.world.records[uri], execution, answer)
+        self.world.taken = execution, uri
+
+    def popped(self) -> str | None:
+        """The request that a take starts; superseded tickets in front of it are thrown away."""
+        for waiting in self.world.lists:
+            while waiting:
+                job_id = waiting.pop(0)
+                self.world.jobs.pop(job_id, None)
+                uri = self.uri_of(job_id)
+                record = self.world.records.get(uri)
+                if record is not None and record.state == "pending" and record.job_id == job_id:
+                    return uri
+        return None
+
+    @rule(uri=uris, data=st.data(), resend=st.booleans())
+    def start(self, uri: str, data: st.DataObject, resend: bool) -> None:
+        """An RQ worker delivers a ticket: the right one, an old one, one twice."""
+        if not self.tickets[uri]:
+            return
+        record = self.world.records.get(uri)
+        tickets = self.tickets[uri][-6:]
+        job_id = data.draw(st.sampled_from(tickets[::-1]))
+        is_again = resend and record is not None and bool(record.execution)
+        execution = record.execution if is_again and record is not None else secrets.token_hex(8)
+        answer = self.rig.ask(self.rig.start(self.key(uri), job_id, execution))
+        if record is None:
+            assert answer is State.UNKNOWN
+        elif is_again and record.state == "in_progress":
+            assert isinstance(answer, Attempt)
+            assert int(answer.token) == record.token
+        elif record.state in ("pending", "failed") and record.job_id == job_id:
+            assert isinstance(answer, Attempt)
+            if record.state == "failed":
+                record.crashes = record.retries = 0
+            self.began(uri, record, execution, answer)
+        else:
+            assert answer == record.state
+
+    @rule(uri=uris, data=st.data(), verb=st.sampled_from(["renew", "complete", "fail", "retry", "release", "crash"]))
+    def act(self, uri: str, data: st.DataObject, verb: str) -> None:
+        """The holder of an attempt goes on with it; or a zombie tries to."""
+        if not self.attempts[uri]:
+            return
+        attempt = data.draw(st.sampled_from(self.attempts[uri][-4:][::-1]))
+        record = self.world.records.get(uri)
+        holds = record is not None and record.state == "in_progress" and record.token == int(attempt.token)
+        getattr(self, f"act_{verb}")(uri, record or Record("unknown"), attempt, holds, data)
+
+    def act_renew(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
+        call = self.rig.calls.renew(attempt, HOUR_MS, b'{"fraction": 0.5}')
+        assert self.rig.word(call) == ("renewed" if holds else "lost")
+        if holds:
+            record.lapsed = False
+
+    def act_complete(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
+        sticky, hours = data.draw(st.booleans()), data.draw(st.integers(0, 3))
+        call = self.rig.complete(attempt, secrets.token_hex(4), sticky=sticky, ttl_ms=hours * HOUR_MS)
+        is_done = record.state == "completed" and record.done_token == int(attempt.token)
+        assert self.rig.word(call) == ("already" if is_done else "stored" if holds else "lost")
+        if holds:
+            keep = record.sticky or (sticky and record.ttl_ms == 0)
+            self.stored(uri, record, keep, record.ttl_ms or hours * HOUR_MS or record.fallback_ms)
+            record.done_token = int(attempt.token)
+            assert self.rig.word(call) == "already"
+
+    def act_fail(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
+        negative = data.draw(st.booleans())
+        call = self.rig.fail(attempt, negative_ms=HOUR_MS if negative else 0)
+        is_done = record.state == "failed" and record.done_token == int(attempt.token)
+        assert self.rig.word(call) == ("already" if is_done else "failed" if holds else "lost")
+        if holds:
+            self.landed(record, "failed")
+            record.negative, record.done_token = negative, int(attempt.token)
+
+    def act_retry(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
+        delay = data.draw(st.sampled_from([0, 3600]))
+        ticket = self.rig.ticket(attempt.request, delay=delay, priority=Priority(record.priority))
+        call = self.rig.retry(attempt, ticket, delay_ms=delay * 1000)
+        assert self.rig.word(call) == ("retried" if holds else "lost")
+        if holds:
+            self.back_in_line(record, ticket.job_id)
+            record.retries += 1
+            self.push(uri, ticket.job_id, record.priority, delayed=delay > 0)
+            assert self.rig.word(call) == "already"
+
+    def act_release(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
+        ticket = self.rig.jobs.enqueue_at_front(self.key(uri), uri, "arm", Priority(record.priority))
+        call = self.rig.calls.release(attempt, ticket)
+        assert self.rig.word(call) == ("released" if holds else "lost")
+        if holds:
+            self.back_in_line(record, ticket.job_id)
+            record.attempts -= 1
+            self.push(uri, ticket.job_id, record.priority, front=True)
+            assert self.rig.word(call) == "already"
+
+    def act_crash(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
+        by_clock = data.draw(st.booleans())
+        ticket = self.rig.ticket(attempt.request, priority=Priority(record.priority))
+        call = self.rig.crash(self.key(uri), None if by_clock else attempt.token, ticket)
+        is_dead = record.state == "in_progress" and record.lapsed if by_clock else holds
+        wanted = self.died(uri, record, ticket.job_id, delayed=False) if is_dead else "alive"
+        assert self.rig.word(call) == wanted
+        assert self.rig.word(call) == ("already" if is_dead else "alive")
+
+    @rule(uri=uris, data=st.data())
+    def revive(self, uri: str, data: st.DataObject) -> None:
+        """A sweep that was slow: what it found may have changed since."""
+        if not self.tickets[uri]:
+            return
+        record = self.world.records.get(uri)
+        old = data.draw(st.sampled_from(self.tickets[uri][-3:][::-1]))
+        rank = record.priority if record is not None else 1
+        ticket = self.rig.ticket(BatchRequest(uri), priority=Priority(rank))
+        found = Overdue(self.key(uri), uri, "arm", Priority(rank), job_id=old)
+        call = self.rig.calls.revive(found, ticket)
+        if record is not None and record.state == "pending" and record.job_id == old:
+            assert self.rig.word(call) == "revived"
+            self.back_in_line(record, ticket.job_id)
+            self.push(uri, ticket.job_id, record.priority)
+            assert self.rig.word(call) == "already"
+        else:
+            assert self.rig.word(call) == "alive"
+
+    # -- faults
+
+    @rule(uri=uris)
+    def lapse(self, uri: str) -> None:
+        record = self.world.records.get(uri)
+        if record is not None and record.state == "in_progress":
+            self.rig.lapse(self.key(uri))
+            record.lapsed = True
+
+    @rule()
+    def sweep(self) -> None:
+        records = self.world.records
+        for uri, record in records.items():
+            if record.state == "pending":
+                self.rig.age(self.key(uri))
+        lapsed = [uri for uri, record in records.items() if record.lapsed]
+        lost = [
+            uri
+            for uri, record in sorted(records.items(), key=lambda item: (item[1].priority, item[1].order))
+            if record.state == "pending" and not self.has_ticket(record)
+        ]
+        assert self.rig.run(flows.sweep(self.rig.core)) == len(lapsed) + len(lost)
+        for uri in lapsed:
+            self.died(uri, records[uri], self.stored_job(uri), delayed=True)
+        for uri in lost:
+            job_id = self.stored_job(uri)
+            assert job_id != records[uri].job_id
+            self.back_in_line(records[uri], job_id)
+            self.push(uri, job_id, records[uri].priority)
+        assert self.rig.run(flows.sweep(self.rig.core)) == 0
+
+    def stored_job(self, uri: str) -> str:
+        return self.rig.record(self.key(uri))["job_id"]
+
+    @rule(uri=uris)
+    def delete_job(self, uri: str) -> None:
+        record = self.world.records.get(uri)
+        if record is not None and record.job_id:
+            self.client.delete(f"{self.rig.jobs.job_prefix}{record.job_id}")
+            self.world.jobs.pop(record.job_id, None)
+
+    @rule(uri=uris, data=st.data(), rank=priorities)
+    def deliver_twice(self, uri: str, data: st.DataObject, rank: Priority) -> None:
+        if self.tickets[uri]:
+            job_id = data.draw(st.sampled_from(self.tickets[uri][-3:]))
+            self.client.rpush(self.rig.jobs.lists("arm")[rank], job_id)
+            self.world.lists[rank].append(job_id)
+
+    @rule(rank=priorities)
+    def empty_queue(self, rank: Priority) -> None:
+        self.client.delete(self.rig.jobs.lists("arm")[rank])
+        self.world.lists[rank].clear()
+
+    @rule(uri=uris)
+    def evict(self, uri: str) -> None:
+        self.rig.evict(self.key(uri))
+        record = self.world.records.get(uri)
+        if record is not None:
+            record.has_result = False
+
+    @rule(dice=st.integers(0, 15))
+    def flushdb(self, dice: int) -> None:
+        if dice == 13:
+            self.client.flushdb()
+            self.world = World()
+
+    # -- what holds after each step
+
+    @invariant()
+    def the_server_agrees(self) -> None:
+        world = self.world
+        assert tuple(self.rig.waiting()) == world.lists
+        waiting = [(r.priority, r.order, uri) for uri, r in world.records.items() if r.state == "pending"]
+        assert self.rig.line() == [self.key(uri) for _, _, uri in sorted(waiting)]
+        for uri in URIS:
+            self.record_agrees(uri, world.records.get(uri))
+            kept = {name.decode() for name in self.client.hgetall(self.rig.named("callbacks", key=self.key(uri)))}
+            assert kept == world.payloads.get(uri, set())
+
+    def record_agrees(self, uri: str, record: Record | None) -> None:
+        stored = self.rig.record(self.key(uri))
+        assert stored.get("state") == (record.state if record is not None else None)
+        if record is None:
+            return
+        assert stored.get("job_id", "") == record.job_id
+        counts = [int(stored.get(name, 0)) for name in ("attempts", "crashes", "retries", "token")]
+        assert counts == [record.attempts, record.crashes, record.retries, record.token]
+        assert stored.get("quarantined") == ("1" if record.quarantined else None)
+        if record.in_flight:
+            assert int(stored["priority"]) == record.priority
+            assert int(stored["ttl_ms"]) == record.ttl_ms
+            assert int(stored["fallback_ttl_ms"]) == record.fallback_ms
+        if record.in_flight or record.has_result:
+            assert stored["sticky"] == str(int(record.sticky))
+        if record.has_result and not record.sticky:
+            expires = self.client.pexpiretime(self.rig.named("result", key=self.key(uri)))
+            assert expires - int(stored["ended_ms"]) == record.life_ms
+        assert self.client.exists(self.rig.named("result", key=self.key(uri))) == int(record.has_result)
+
+    @invariant()
+    def the_audit_finds_nothing(self) -> None:
+        lost = [
+            self.key(uri)
+            for uri, record in self.world.records.items()
+            if record.state == "pending" and not self.has_ticket(record)
+        ]
+        audit(self.client, self.rig.keys, lost=lost)
+
+
+@pytest.fixture(scope="module")
+def machine_server() -> Iterator[embedded.PrivateServer]:
+    binary = servers.VALKEY or servers.REDIS
+    if binary is None:
+        pytest.skip(servers.MISSING["valkey"])
+    with servers.throwaway(binary) as started:
+        yield started
+
+
+def test_no_order_of_transitions_and_faults_makes_server_and_model_disagree(
+    machine_server: embedded.PrivateServer,
+) -> None:
+    Machine.server = machine_server
+    run_state_machine_as_test(Machine, settings=PROFILE)

@@ -1,0 +1,609 @@
+"""Waiting: every waiter is woken, a lost wake-up costs little, and waiting takes nothing from anybody else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import managers
+import pytest
+import redis
+import redis.asyncio
+from managers import blocked, queued, watched
+from servers import FaultProxy, eventually, short_directory
+
+from rqarm import (
+    AsyncRequestManager,
+    BatchRequest,
+    BatchStatus,
+    Outcome,
+    RequestLost,
+    RequestManager,
+    State,
+    WaitTimeout,
+    connect,
+    embedded,
+    flows,
+    listen,
+)
+from rqarm.calls import Batch, Call, Found
+from rqarm.config import Settings
+from rqarm.flows import RECHECK, Core, Emit, Listen, Watch
+from rqarm.model import Key
+from rqarm.rqjobs import RqJobs
+
+URI = "/cities/FR"
+KEY = BatchRequest(URI).key
+#: so long that only a wake-up can end a wait in time
+NEVER = 3600.0
+
+
+@pytest.fixture(params=managers.KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def rm(kind: str, url: str, redis_client: redis.Redis) -> Iterator[Any]:
+    with managers.opened(kind, url) as manager:
+        yield manager
+
+
+@pytest.fixture
+def threads() -> Iterator[managers.Threads]:
+    with managers.threads() as started:
+        yield started
+
+
+@pytest.fixture
+def no_recheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads again by himself: a wake-up that is lost shows."""
+    monkeypatch.setattr(flows, "RECHECK", NEVER)
+    monkeypatch.setattr(listen, "RECONNECT", 0.02)
+
+
+def connections(client: redis.Redis) -> list[dict[str, Any]]:
+    found: Any = client.client_list()
+    return [entry for entry in found if entry["id"] != str(client.client_id())]
+
+
+# -- driven by hand
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def core(clock: Clock) -> Core:
+    settings = Settings()
+    return Core(settings, RqJobs(settings), clock=clock)
+
+
+def found(state: State, key: Key = KEY) -> Found:
+    return Found(BatchStatus(key, state), None)
+
+
+def verbs(step: Any) -> list[str]:
+    """The scripts of a step."""
+    calls = step.steps if isinstance(step, Batch) else [step]
+    return [call.script.name for call in calls if isinstance(call, Call)]
+
+
+def test_a_waiter_subscribes_then_reads_then_listens(core: Core) -> None:
+    flow = flows.wait(core, KEY, None)
+    assert flow.send(None) == Watch((KEY,))
+    assert verbs(flow.send(None)) == ["read"]
+    assert flow.send([found(State.PENDING)]) == Listen(RECHECK)
+
+
+def test_a_result_that_came_before_the_subscription_is_found_at_once(core: Core) -> None:
+    flow = flows.wait(core, KEY, None)
+    flow.send(None)
+    flow.send(None)
+    with pytest.raises(StopIteration) as end:
+        flow.send([found(State.COMPLETED)])
+    assert [status.state for status in end.value.value] == [State.COMPLETED]
+
+
+def test_a_lost_wake_up_is_found_at_the_next_look(core: Core) -> None:
+    flow = flows.wait(core, KEY, None)
+    flow.send(None)
+    flow.send(None)
+    flow.send([found(State.IN_PROGRESS)])
+    step = flow.send(set())
+    assert step == core.calls.claim_sweep() or step.argv == core.calls.claim_sweep().argv  # type: ignore[union-attr]
+    assert verbs(flow.send(False)) == ["read"]
+    with pytest.raises(StopIteration):
+        flow.send([found(State.COMPLETED)])
+
+
+def test_who_waits_in_vain_looks_for_the_dead(core: Core) -> None:
+    flow = flows.wait(core, KEY, None)
+    flow.send(None)
+    flow.send(None)
+    flow.send([found(State.IN_PROGRESS)])
+    flow.send(set())
+    flow.send(True)  # asks which queues there are
+    assert verbs(flow.send(["arm"])) == ["sweep"]
+
+
+def test_only_what_woke_is_read_again(core: Core) -> None:
+    keys = [Key("a"), Key("b"), Key("c")]
+    flow = flows.wait(core, keys, None)
+    flow.send(None)
+    assert verbs(flow.send(None)) == ["read"] * 3
+    flow.send([found(State.PENDING, key) for key in keys])
+    step = flow.send({Key("b"), Key("stranger")})
+    assert [call.keys for call in step.steps] == [("arm:status:b",)]  # type: ignore[union-attr]
+    assert flow.send([found(State.FAILED, Key("b"))]) == Listen(RECHECK)
+
+
+def test_a_waiter_sleeps_no_longer_than_its_time(core: Core, clock: Clock) -> None:
+    flow = flows.result(core, KEY, 7.0)
+    flow.send(None)
+    assert flow.send(found(State.PENDING)) == Watch((KEY,))
+    flow.send(None)
+    assert flow.send([found(State.PENDING)]) == Listen(RECHECK)
+    clock.now = 5.0
+    flow.send({KEY})
+    assert flow.send([found(State.IN_PROGRESS)]) == Listen(2.0)
+    clock.now = 7.0
+    flow.send({KEY})
+    with pytest.raises(WaitTimeout, match="in_progress after 7 s"):
+        flow.send([found(State.IN_PROGRESS)])
+
+
+def test_a_result_that_comes_with_the_last_tick_counts(core: Core, clock: Clock) -> None:
+    flow = flows.wait(core, KEY, 1.0)
+    flow.send(None)
+    flow.send(None)
+    flow.send([found(State.PENDING)])
+    clock.now = 1.0
+    flow.send(set())
+    flow.send(False)
+    with pytest.raises(StopIteration) as end:
+        flow.send([found(State.COMPLETED)])
+    assert end.value.value[0].state is State.COMPLETED
+
+
+def test_a_record_that_vanishes_is_said_to_be_lost(core: Core) -> None:
+    flow = flows.result(core, KEY, None)
+    flow.send(None)
+    flow.send(found(State.PENDING))
+    flow.send(None)
+    flow.send([found(State.PENDING)])
+    flow.send({KEY})
+    with pytest.raises(RequestLost, match="vanished"):
+        flow.send([found(State.UNKNOWN)])
+
+
+def test_each_end_is_emitted_once(core: Core) -> None:
+    keys = [Key("a"), Key("b")]
+    flow = flows.as_completed(core, [*keys, Key("a")], None)
+    assert flow.send(None) == Watch((Key("a"), Key("b")))
+    assert verbs(flow.send(None)) == ["read", "read"]
+    step = flow.send([found(State.PENDING, keys[0]), found(State.COMPLETED, keys[1])])
+    assert isinstance(step, Emit)
+    assert step.item.key == "b"
+    assert flow.send(None) == Listen(RECHECK)
+    flow.send({keys[0]})
+    step = flow.send([found(State.CANCELLED, keys[0])])
+    assert isinstance(step, Emit)
+    with pytest.raises(StopIteration):
+        flow.send(None)
+
+
+def test_a_taker_waits_behind_the_newest_event_it_knows(core: Core, clock: Clock) -> None:
+    flow = flows.take(core, None, "me", 6.0)
+    assert verbs(flow.send(None)) == ["take"]
+    step = flow.send("17-3")
+    assert (step.argv[0], step.argv[-1]) == ("XREAD", "17-3")  # type: ignore[union-attr]
+    assert step.waits  # type: ignore[union-attr]
+    clock.now = 5.0
+    assert verbs(flow.send([])) == ["take"]
+    step = flow.send("17-9")
+    assert (step.argv[4], step.argv[-1]) == (1000, "17-9")  # type: ignore[union-attr]
+    clock.now = 6.0
+    flow.send([])
+    with pytest.raises(StopIteration) as end:
+        flow.send("17-9")
+    assert end.value.value is None
+
+
+def test_each_take_has_an_id_of_its_own(core: Core) -> None:
+    flow = flows.take(core, None, "me", None)
+    first = flow.send(None)
+    flow.send("0-0")
+    second = flow.send([])
+    assert first.argv != second.argv  # type: ignore[union-attr]
+
+
+def test_pieces_that_were_written_ahead_are_dropped_when_the_value_breaks(core: Core) -> None:
+    def broken() -> Iterator[bytes]:
+        yield os.urandom(3 << 20)
+        raise OSError("gone")
+
+    flow = flows.put(core, URI, broken())
+    steps = []
+    with pytest.raises(OSError, match="gone"):
+        steps.extend(flow)
+    assert [step.argv[0] for step in steps] == ["SET", "SET", "SET", "UNLINK"]  # type: ignore[union-attr]
+    assert list(steps[-1].argv[1:]) == [step.argv[1] for step in steps[:-1]]  # type: ignore[union-attr]
+
+
+# -- on a server
+
+
+def test_a_wake_up_between_the_read_and_the_sleep_is_not_lost(
+    rm: Any, redis_client: redis.Redis, no_recheck: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = rm.submit(URI).key
+    lease = rm.queues.next_request()
+    asked = threading.Event()
+
+    def finish_first(watching: Any) -> None:
+        if not asked.is_set():
+            asked.set()
+            with RequestManager(connection=redis_client, allow_volatile=True) as other:
+                other.cache.put(URI, "put")
+            eventually(lambda: watching._woken)
+
+    wait, async_wait = listen.Watching.wait, listen.AsyncWatching.wait
+
+    def late(self: listen.Watching, timeout: float) -> set[Key]:
+        finish_first(self)
+        return wait(self, timeout)
+
+    async def async_late(self: listen.AsyncWatching, timeout: float) -> set[Key]:
+        await asyncio.to_thread(finish_first, self)
+        return await async_wait(self, timeout)
+
+    monkeypatch.setattr(listen.Watching, "wait", late)
+    monkeypatch.setattr(listen.AsyncWatching, "wait", async_late)
+    assert rm.result(key, managers.PATIENCE) == "put"
+    assert asked.is_set()
+    assert lease.key == key
+
+
+@pytest.mark.parametrize("keys", [1, 150], ids=["one key", "a key each"])
+def test_a_hundred_and_fifty_waiting_threads_hold_a_handful_of_connections(
+    url: str, redis_client: redis.Redis, threads: managers.Threads, no_recheck: None, keys: int
+) -> None:
+    with RequestManager(url, allow_volatile=True) as rm:
+        uris = [f"/n/{n % keys}" for n in range(150)]
+        wanted = [status.key for status in rm.submit_many(uris)]
+        start = threading.Barrier(150)
+
+        def wait(key: str) -> Any:
+            start.wait()
+            return rm.result(key, managers.PATIENCE)
+
+        waiting = [threads.start(wait, key) for key in wanted]
+        watched(redis_client, *wanted)
+        eventually(lambda: sum(map(len, rm.shell._listening()._watchers.values())) == 150)
+        listening = [entry for entry in connections(redis_client) if int(entry["sub"])]
+        assert len(listening) == 1
+        assert len([thread for thread in threading.enumerate() if thread.name == "rqarm-listener"]) == 1
+        while lease := rm.queues.next_request():
+            lease.finish(lease.request.uri)
+        assert [future.result(managers.PATIENCE) for future in waiting] == uris
+    eventually(lambda: connections(redis_client) == [])
+    assert not [thread for thread in threading.enumerate() if thread.name == "rqarm-listener"]
+
+
+@pytest.mark.parametrize("keys", [1, 300], ids=["one key", "a key each"])
+async def test_three_hundred_waiting_coroutines_hold_a_handful_of_connections(
+    url: str, redis_client: redis.Redis, no_recheck: None, keys: int
+) -> None:
+    async with AsyncRequestManager(url, allow_volatile=True) as rm:
+        uris = [f"/n/{n % keys}" for n in range(300)]
+        await rm.submit_many(uris)
+        waiting = [asyncio.create_task(rm.get(uri, managers.PATIENCE)) for uri in uris]
+        wanted = {BatchRequest(uri).key for uri in uris}
+        await asyncio.to_thread(watched, redis_client, *wanted)
+        listening = [entry for entry in connections(redis_client) if int(entry["sub"])]
+        assert len(listening) == 1
+        while lease := await rm.queues.next_request():
+            await lease.finish(lease.request.uri)
+        assert await asyncio.gather(*waiting) == uris
+        assert len(connections(redis_client)) <= 40
+
+
+def test_a_waiter_that_gives_up_touches_nobody_else(
+    rm: Any, threads: managers.Threads, redis_client: redis.Redis, no_recheck: None
+) -> None:
+    key = rm.submit(URI).key
+    patient = threads.start(rm.result, key, None)
+    watched(redis_client, key)
+    for _ in range(3):
+        with pytest.raises(WaitTimeout):
+            rm.result(key, 0.01)
+    rm.queues.next_request().finish("value")
+    assert patient.result(2) == "value"
+
+
+async def test_a_waiter_that_is_cancelled_touches_nobody_else(
+    url: str, redis_client: redis.Redis, no_recheck: None
+) -> None:
+    async with AsyncRequestManager(url, allow_volatile=True) as rm:
+        await rm.submit(URI)
+        first, second = (asyncio.create_task(rm.get(URI)) for _ in range(2))
+        await asyncio.to_thread(watched, redis_client, KEY)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        lease = await rm.queues.next_request()
+        assert lease is not None
+        await lease.finish("value")
+        assert await asyncio.wait_for(second, managers.PATIENCE) == "value"
+
+
+async def test_who_is_cancelled_while_subscribing_leaves_the_next_one_subscribed(
+    url: str, redis_client: redis.Redis
+) -> None:
+    """The first to watch a channel subscribes for all; the next must not depend on it."""
+    async with AsyncRequestManager(url, allow_volatile=True) as rm:
+        listener = rm.shell._listening()
+        heard: list[set[Key]] = []
+
+        async def watch() -> None:
+            async with listener.watch([KEY]) as watching:
+                heard.append(await watching.wait(managers.PATIENCE))
+
+        for _ in range(3):
+            first, second = asyncio.create_task(watch()), asyncio.create_task(watch())
+            while len(listener._watchers.get(f"arm:done:{KEY}", ())) < 2:
+                await asyncio.sleep(0)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            await asyncio.to_thread(watched, redis_client, KEY)
+            redis_client.publish(f"arm:done:{KEY}", "completed")
+            await second
+        assert heard == [{KEY}] * 3
+
+
+async def test_a_first_subscription_sends_no_ping_into_a_read(url: str, redis_client: redis.Redis) -> None:
+    """A connection that was idle for long is tried with PING; its answer must not be taken from under the reader."""
+    async with AsyncRequestManager(url, allow_volatile=True) as rm:
+        listener = rm.shell._listening()
+        async with listener.watch([Key("a")]):
+            pass
+        await asyncio.to_thread(eventually, lambda: redis_client.pubsub_channels("arm:done:?*") == [])
+        for _ in range(3):
+            listener._connection.next_health_check = 0.0
+            async with listener.watch([Key("b")]) as watching:
+                await asyncio.to_thread(redis_client.publish, "arm:done:b", "completed")
+                assert await watching.wait(managers.PATIENCE) == {"b"}
+
+
+def test_a_killed_subscription_comes_back_and_misses_nothing(
+    rm: Any, threads: managers.Threads, redis_client: redis.Redis, no_recheck: None
+) -> None:
+    keys = [rm.submit(uri).key for uri in ("/a", "/b")]
+    waiting = threads.start(rm.wait, keys, managers.PATIENCE)
+    watched(redis_client, *keys)
+    killed: Any = redis_client.client_kill_filter(_type="pubsub")
+    assert killed == 1
+    watched(redis_client, *keys)
+    for _ in keys:
+        rm.queues.next_request().finish(1)
+    assert [status.state for status in waiting.result(managers.PATIENCE)] == [State.COMPLETED] * 2
+
+
+def test_what_ended_while_the_subscription_was_down_is_read_when_it_is_back(
+    kind: str, server: embedded.PrivateServer, redis_client: redis.Redis, threads: managers.Threads, no_recheck: None
+) -> None:
+    with (
+        short_directory() as directory,
+        FaultProxy(server.socket, directory / "proxy.sock") as proxy,
+        managers.opened(kind, proxy.url) as rm,
+        managers.opened("blocking", server.url) as other,
+    ):
+        key = rm.submit(URI).key
+        waiting = threads.start(rm.result, key, managers.PATIENCE)
+        watched(redis_client, key)
+        proxy.refuse = True
+        proxy.reset_all()
+        eventually(lambda: redis_client.pubsub_numsub(f"arm:done:{key}")[0][1] == 0)
+        other.queues.next_request().finish("unheard")
+        proxy.refuse = False
+        assert waiting.result(managers.PATIENCE) == "unheard"
+
+
+def test_a_subscription_that_is_not_confirmed_is_a_server_that_is_not_there(
+    kind: str, server: embedded.PrivateServer, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listen, "RECONNECT", 0.02)
+    with (
+        short_directory() as directory,
+        FaultProxy(server.socket, directory / "proxy.sock") as proxy,
+        managers.opened(kind, proxy.url) as rm,
+    ):
+        rm.submit(URI)
+        proxy.arm("hang", command="SUBSCRIBE")
+        with monkeypatch.context() as patch:
+            patch.setattr(listen, "CONFIRM", 0.1)
+            with pytest.raises(connect.ServerUnavailable, match="not confirmed"):
+                rm.wait(KEY)
+        proxy.reset_all()
+        assert rm.wait(KEY, 0.01)[0].state is State.PENDING
+
+
+def test_submits_never_wait_for_waiters(
+    kind: str, url: str, redis_client: redis.Redis, threads: managers.Threads
+) -> None:
+    """Row 73: a pool of two connections, and more than two who wait and take."""
+
+    def small(module: Any) -> Any:
+        pool = module.BlockingConnectionPool.from_url(url, max_connections=2, timeout=1)
+        return module.Redis(connection_pool=pool)
+
+    with managers.opened(kind, connection=small) as rm:
+        keys = [rm.submit(f"/n/{n}").key for n in range(3)]
+        waiting = [threads.start(rm.result, key, managers.PATIENCE) for key in keys]
+        watched(redis_client, *keys)
+        taking = [threads.start(rm.queues.next_request, managers.PATIENCE, queue="other") for _ in range(3)]
+        blocked(redis_client, 3)
+        assert rm.submit("/one/more").outcome is Outcome.NEW
+        for n in range(3):
+            rm.submit(BatchRequest(f"/other/{n}", queue="other"))
+        assert len({future.result(managers.PATIENCE).key for future in taking}) == 3
+        for n in range(3):
+            rm.queues.next_request().finish(n)
+        assert [future.result(managers.PATIENCE) for future in waiting] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("module", [redis, redis.asyncio])
+def test_a_client_of_a_sentinel_gets_a_pool_for_waiting_too(module: Any) -> None:
+    from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+    from redis.sentinel import Sentinel
+
+    from rqarm.shell import _sibling
+
+    sentinel: Any = (Sentinel if module is redis else AsyncSentinel)([("localhost", 1)])
+    client = sentinel.master_for("main", socket_timeout=3)
+    twin = _sibling(client)
+    assert type(twin.connection_pool) is type(client.connection_pool)
+    assert twin.connection_pool is not client.connection_pool
+    assert twin.connection_pool.service_name == "main"
+    assert twin.connection_pool.connection_kwargs["socket_timeout"] is None
+    twin.connection_pool.make_connection()
+
+
+@pytest.mark.parametrize("manager", [RequestManager, AsyncRequestManager])
+def test_what_waits_is_not_cut_off_by_the_time_limit_of_a_read(manager: Any, url: str) -> None:
+    rm = manager(url)
+    assert rm.shell._waiting_client().connection_pool.connection_kwargs["socket_timeout"] is None
+
+
+# -- processes
+
+
+def script(text: str, *args: str) -> list[str]:
+    return [sys.executable, "-W", "error", "-c", text, *args]
+
+
+def run(command: Sequence[str]) -> dict[str, Any]:
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, cwd=Path(__file__).parent.parent
+    )
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+FORK = """
+import json, os, sys, threading
+from rqarm import RequestManager
+
+sys.setswitchinterval(1e-6)
+rm = RequestManager(sys.argv[1], allow_volatile=True)
+rm.submit("/before")
+assert rm.wait(rm.submit("/before").key, 0.01)   # the listener runs before the fork
+read, write = os.pipe()
+child = os.fork()
+name = "parent" if child else "child"
+assert (rm.shell._listening()._thread is None) == (child == 0), "the child begins anew before anything runs there"
+seen = []
+
+start = threading.Barrier(8)
+early = []
+def first(n):
+    start.wait()
+    early.append(rm.result(rm.submit(f"/{name}/early/{n}").key, 20) == n)
+crowd = [threading.Thread(target=first, args=(n,)) for n in range(8)]
+for thread in crowd:
+    thread.start()
+for n in range(8):
+    rm.cache.put(f"/{name}/early/{n}", n)
+for thread in crowd:
+    thread.join()
+for n in range(50):
+    uri = f"/{name}/{n}"
+    waiting = []
+    status = rm.submit(uri)
+    thread = threading.Thread(target=lambda: waiting.append(rm.get(uri, 20)))
+    thread.start()
+    rm.cache.put(uri, [name, n])
+    thread.join()
+    seen.append(status.uri == uri and waiting == [[name, n]] and rm.get(uri) == [name, n])
+threads = sum(thread.name == "rqarm-listener" for thread in threading.enumerate())
+answer = {"good": sum(seen), "early": sum(early), "listeners": threads}
+rm.close()
+if child:
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        print(json.dumps({"parent": answer, "child": json.load(pipe)}))
+    os.waitpid(child, 0)
+else:
+    with os.fdopen(write, "w") as pipe:
+        json.dump(answer, pipe)
+    os._exit(0)
+"""
+
+
+def test_a_manager_survives_a_fork_and_no_replies_cross(url: str, redis_client: redis.Redis) -> None:
+    good = {"good": 50, "early": 8, "listeners": 1}
+    assert run(script(FORK, url)) == {"parent": good, "child": good}
+
+
+RACE = """
+import json, os, sys
+from rqarm import RequestManager
+
+def racer(go, say):
+    with RequestManager(sys.argv[1], allow_volatile=True) as rm, os.fdopen(say, "w") as told:
+        os.read(go, 1)
+        print(rm.submit("/race").outcome, file=told, flush=True)
+        os.read(go, 1)
+        lease = rm.queues.next_request()
+        if lease is not None:
+            lease.finish("the one answer")
+        print(json.dumps([lease is not None, rm.get("/race", 20)]), file=told, flush=True)
+
+racers = []
+for _ in range(8):
+    (go, start), (hear, say) = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        racer(go, say)
+        os._exit(0)
+    os.close(say)
+    racers.append((start, os.fdopen(hear)))
+
+def lines():
+    for start, _ in racers:
+        os.write(start, b".")
+    return [hear.readline().strip() for _, hear in racers]
+
+print(json.dumps({"outcomes": sorted(lines()), "ends": [json.loads(line) for line in lines()]}), flush=True)
+for _ in racers:
+    os.wait()
+os._exit(0)
+"""
+
+
+def test_eight_processes_that_race_for_one_key_run_it_once(url: str, redis_client: redis.Redis) -> None:
+    told = run(script(RACE, url))
+    assert told["outcomes"] == ["joined"] * 7 + ["new"]
+    assert sum(ran for ran, _ in told["ends"]) == 1
+    assert [value for _, value in told["ends"]] == ["the one answer"] * 8
+    assert redis_client.hgetall("arm:stats:executions") == {b"completed": b"1"}
+    assert not queued(redis_client)

@@ -1,0 +1,498 @@
+"""Real workers: RQ's own classes and rqarm.Worker, and what becomes of requests when a horse or a worker dies."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import app
+import pytest
+import redis
+import rq
+import servers
+from redis.exceptions import OutOfMemoryError, ReadOnlyError
+from rq.command import send_kill_horse_command, send_stop_job_command
+from rq.job import Job, JobStatus
+from rq.registry import FailedJobRegistry, StartedJobRegistry
+from rq.serializers import JSONSerializer
+from rq.suspension import resume, suspend
+from servers import eventually
+from workers import CLASSES, LEASE, TESTS, Crew, burst, crew, is_alive, timed
+
+from rqarm import (
+    BatchRequest,
+    ConfigError,
+    Handlers,
+    Quarantined,
+    RequestFailed,
+    RequestManager,
+    Result,
+    State,
+    Worker,
+    connect,
+    embedded,
+)
+from rqarm.calls import Call
+from rqarm.rqjobs import GRACE, PERFORM
+from rqarm.shell import Shell
+from rqarm.worker import execution, rqworker, use_handlers
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # RQ forks beside its pub/sub thread
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[embedded.PrivateServer]:
+    """One server for all crews of this module."""
+    with servers.throwaway(servers.VALKEY or servers.REDIS) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def staff(home: embedded.PrivateServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
+    """One rqarm.Worker that all tests share which must not harm it."""
+    with crew(home.url, tmp_path_factory.mktemp("staff"), max_attempts=2) as staff:
+        staff.hire()
+        yield staff
+
+
+@pytest.fixture
+def team(staff: Crew, request: pytest.FixtureRequest) -> Iterator[Crew]:
+    """The shared worker, which must be the same process afterwards and still work. Its log is shown on failure."""
+    (worker,) = staff.workers
+    yield staff
+    print(worker.said())
+    assert worker.lives
+    number = abs(hash(request.node.nodeid)) % 10**9
+    assert staff.rm.get(f"/add/{number}/1", timeout=20) == number + 1
+
+
+def test_every_worker_class_runs_a_mix(home: embedded.PrivateServer, tmp_path: Any) -> None:
+    """Two workers of each class at once, each class with a queue of its own."""
+    for kind in CLASSES:
+        with crew(home.url, tmp_path) as hired:
+            hired.start(kind)
+            hired.hire(kind)
+            rm = hired.rm
+            uris = [f"/add/{n}/1" for n in range(10)]
+            for status in rm.submit_many([*uris, "/async/3", "/stream/5/300000", "/file", "/fail/1"]):
+                assert status.outcome == "new"
+            assert [rm.get(uri, timeout=30) for uri in uris] == list(range(1, 11))
+            assert rm.get("/async/3", timeout=20) == {"n": 3}
+            assert len(rm.get("/stream/5/300000", timeout=20)) == 1_500_000
+            assert rm.get("/file", timeout=20) == Result(b"a,b\n1,2\n", content_type="text/csv", filename="report.csv")
+            failed = rm.wait(BatchRequest("/fail/1").key, timeout=20)[0]
+            assert (failed.state, failed.attempts) == (State.FAILED, 2)
+            assert rm.cache.stats().in_progress == 0
+
+
+def test_other_jobs_on_the_queue_run_as_under_rq(team: Crew) -> None:
+    queue = rq.Queue(team.name, connection=team.rm.connection, serializer=JSONSerializer)
+    good, bad, dead = (queue.enqueue(f) for f in ("app.plain_pid", "app.plain", "app.plain_kill"))
+    eventually(lambda: dead.get_status(refresh=True) is JobStatus.FAILED)
+    assert good.return_value(refresh=True) != team.workers[0].pid
+    assert bad.get_status(refresh=True) is JobStatus.FAILED
+    assert "missing 1 required positional argument" in bad.latest_result().exc_string
+    assert "signal 9" in dead.latest_result().exc_string
+
+
+# -- a horse dies
+
+
+def test_a_killed_horse_is_noticed_at_once_and_its_request_runs_again(team: Crew) -> None:
+    key = team.rm.submit("/wait/killed").key
+    horse = team.running("killed")
+    os.kill(horse, signal.SIGKILL)
+    status = team.reaches(key, State.PENDING, timeout=LEASE)
+    assert status.error is not None
+    assert "killed by SIGKILL" in status.error["message"]
+    team.let_go("killed")
+    assert team.rm.result(key, timeout=20) == "killed 2"
+    assert team.field(key, "crashes") == b"1"
+
+
+def test_each_death_is_named_and_the_last_one_quarantines(team: Crew) -> None:
+    deaths = {"/kill/named": "killed by SIGKILL", "/exit/0": "exit code 0", "/exit/3": "exited with code 3"}
+    keys = [status.key for status in team.rm.submit_many(deaths)]
+    for status, text in zip(team.settle(*keys), deaths.values(), strict=True):
+        assert (status.state, status.quarantined, status.attempts) == (State.FAILED, True, 2)
+        assert status.error is not None
+        assert text in status.error["message"]
+        with pytest.raises(Quarantined, match=text):
+            team.rm.result(status.key)
+        assert team.rm.submit(status.uri).outcome == "negative"
+    assert (team.directory / "notes" / "kills-named").read_text() == "xx"
+
+
+def test_a_horse_killed_by_rqs_command_is_a_crash(team: Crew) -> None:
+    key = team.rm.submit("/wait/commanded").key
+    team.running("commanded")
+    send_kill_horse_command(team.rm.connection, team.workers[0].name)
+    team.reaches(key, State.PENDING, timeout=LEASE)
+    team.let_go("commanded")
+    assert team.rm.result(key, timeout=20) == "commanded 2"
+
+
+def test_sys_exit_is_an_error_not_a_crash(team: Crew) -> None:
+    with pytest.raises(RequestFailed, match="SystemExit: 3"):
+        team.rm.get("/sys_exit/3", timeout=20)
+    assert team.rm.status(BatchRequest("/sys_exit/3").key).quarantined is False
+
+
+def test_a_handler_that_hears_nothing_is_killed_at_its_limit(team: Crew) -> None:
+    key = team.rm.submit("/deaf/one").key
+    horse = team.running("one")
+    (status,) = team.settle(key)
+    assert (status.state, status.attempts, status.quarantined) == (State.FAILED, 1, False)
+    assert status.error is not None
+    assert status.error["type"].endswith("TimeLimit")
+    assert "limit of 1 s" in status.error["message"]
+    assert not is_alive(horse)
+
+
+def test_a_handler_that_is_slow_fails_by_its_own_alarm(team: Crew) -> None:
+    with pytest.raises(RequestFailed, match=r"TimeLimit.*0\.2 s"):
+        team.rm.get("/slow/one", timeout=4)
+
+
+def test_what_a_handler_leaves_running_is_killed(team: Crew) -> None:
+    child = team.rm.get("/family/one", timeout=20)
+    eventually(lambda: not is_alive(child))
+
+
+def test_memory_that_runs_out_is_an_error_of_the_handler(team: Crew) -> None:
+    with pytest.raises(RequestFailed, match="MemoryError"):
+        team.rm.get("/memory/4096", timeout=20)
+
+
+# -- somebody wants it stopped
+
+
+def test_a_cancelled_request_stops_its_horse(team: Crew) -> None:
+    key = team.rm.submit("/wait/cancelled").key
+    horse = team.running("cancelled")
+    assert team.rm.cancel(key) is True
+    assert timed(lambda: eventually(lambda: not is_alive(horse))) < 2 * LEASE
+    assert team.rm.status(key).state is State.CANCELLED
+
+
+def test_rqs_stop_command_cancels_the_request(team: Crew) -> None:
+    key = team.rm.submit("/wait/stopped").key
+    horse = team.running("stopped")
+    job = team.job(key)
+    send_stop_job_command(team.rm.connection, job.id, serializer=JSONSerializer)
+    status = team.reaches(key, State.CANCELLED)
+    assert (status.attempts, is_alive(horse)) == (1, False)
+    eventually(lambda: job.get_status(refresh=True) is JobStatus.STOPPED)
+
+
+def test_a_suspended_worker_takes_nothing_until_it_is_resumed(home: embedded.PrivateServer, tmp_path: Any) -> None:
+    with servers.throwaway(home.binary) as server, crew(server.url, tmp_path) as hired:
+        worker = hired.hire()
+        suspend(hired.rm.connection)
+        eventually(lambda: hired.state_of(worker) == b"suspended")
+        key = hired.rm.submit("/add/1/2").key
+        resume(hired.rm.connection)
+        assert hired.rm.result(key, timeout=20) == 3
+
+
+# -- deploys
+
+
+def test_a_warm_shutdown_finishes_the_running_request(home: embedded.PrivateServer, tmp_path: Any) -> None:
+    with crew(home.url, tmp_path) as hired:
+        worker = hired.hire()
+        running, waiting = hired.rm.submit_many(["/wait/warm", "/add/1/2"])
+        hired.running("warm")
+        worker.signal(signal.SIGTERM)
+        eventually(lambda: "warm shut down requested" in worker.said())
+        hired.let_go("warm")
+        assert worker.wait() == 0
+        assert hired.rm.result(running.key) == "warm 1"
+        assert hired.rm.status(waiting.key).state is State.PENDING
+
+
+def test_a_cold_shutdown_hands_the_running_request_back(home: embedded.PrivateServer, tmp_path: Any) -> None:
+    with crew(home.url, tmp_path) as hired:
+        worker = hired.hire()
+        running, waiting = hired.rm.submit_many(["/wait/cold", "/add/1/2"])
+        horse = hired.running("cold")
+        worker.signal(signal.SIGTERM)
+
+        def again() -> bool:  # RQ takes no notice of the second one within a second of the first
+            worker.signal(signal.SIGTERM)
+            return not worker.lives
+
+        eventually(again)
+        assert not is_alive(horse)
+        status = hired.rm.full_status(running.key)
+        assert (status.state, status.position, status.attempts, status.error) == (State.PENDING, 1, 0, None)
+        assert hired.field(running.key, "crashes") is None
+        hired.let_go("cold")
+        hired.hire()
+        assert hired.rm.result(running.key, timeout=20) == "cold 1"
+        assert hired.rm.result(waiting.key, timeout=20) == 3
+
+
+def test_a_worker_whose_handlers_cannot_be_loaded_does_not_start(home: embedded.PrivateServer, tmp_path: Any) -> None:
+    with crew(home.url, tmp_path) as hired:
+        key = hired.rm.submit("/add/1/2").key
+        worker = hired.start(handlers="no_such_module:handlers")
+        assert worker.wait() != 0
+        assert "no_such_module" in worker.said()
+        assert (hired.rm.status(key).state, hired.rm.status(key).attempts) == (State.PENDING, 0)
+
+
+# -- leases and time
+
+
+def test_a_request_that_runs_for_several_leases_runs_once(team: Crew) -> None:
+    key = team.rm.submit("/wait/long").key
+    team.running("long")
+    began = eventually(lambda: team.rm.status(key).started)
+    eventually(lambda: _now(team) - began.timestamp() > 3 * LEASE)
+    assert team.rm.queues.sweep() == 0
+    team.let_go("long")
+    assert team.rm.result(key, timeout=20) == "long 1"
+
+
+def _now(team: Crew) -> float:
+    return float(team.rm.connection.time()[0])
+
+
+def test_a_horse_that_is_busy_with_rqs_records_is_left_in_peace(team: Crew) -> None:
+    """The attempt has ended, the horse not yet: killed now, RQ would note a failure."""
+    key = team.rm.submit("/epilogue/1.4").key
+    job = team.job(key)
+    assert team.rm.result(key, timeout=20) == "done"
+    eventually(lambda: job.get_status(refresh=True) in (JobStatus.FINISHED, JobStatus.FAILED))
+    assert job.get_status() is JobStatus.FINISHED
+
+
+def test_a_delayed_retry_comes_with_rqs_scheduler(home: embedded.PrivateServer, tmp_path: Any) -> None:
+    with crew(home.url, tmp_path, lease=30) as hired:  # no sweep comes before it
+        hired.hire("rqarm.Worker", "--with-scheduler")
+        assert hired.rm.get("/later/one", timeout=15) == 2
+
+
+def test_a_delayed_retry_comes_without_a_scheduler_too(team: Crew) -> None:
+    assert team.rm.get("/later/two", timeout=20) == 2
+
+
+# -- bad jobs
+
+
+def test_a_job_that_cannot_be_read_does_not_end_the_worker(team: Crew) -> None:
+    client = team.rm.connection
+    pickled = rq.Queue(team.name, connection=client).enqueue(app.plain, 1)
+    odd = rq.Queue(team.name, connection=client, serializer=JSONSerializer)
+    jobs = [odd.enqueue(PERFORM), odd.enqueue(PERFORM, 1, 2), odd.enqueue(PERFORM, "a b", "c"), odd.enqueue("no.such")]
+    for job in [pickled, *jobs]:
+        eventually(lambda job=job: job.get_status(refresh=True) is JobStatus.FAILED)
+
+
+def test_foreign_data_under_our_keys_or_rqs_does_not_end_the_worker(team: Crew) -> None:
+    client = team.rm.connection
+    status = team.rm.submit("/wait/foreign")
+    team.running("foreign")
+    foreign, flat = team.rm.submit_many(["/add/7/1", "/add/7/2"])
+    job, flat_job = team.job(foreign.key), team.job(flat.key)
+    client.set(f"{team.name}:status:{foreign.key}", "somebody else's")
+    client.set(flat_job.key, "somebody else's")
+    team.let_go("foreign")
+    eventually(lambda: job.get_status(refresh=True) is JobStatus.FAILED)
+    assert "holds data that rqarm did not write" in job.latest_result().exc_string
+    assert team.rm.result(status.key) == "foreign 1"
+    assert team.rm.result(flat.key, timeout=20) == 9, "the ticket is gone, the request is not"
+
+
+# -- in this process: what cannot be timed from outside
+
+
+@pytest.fixture
+def rm(redis_client: redis.Redis, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[RequestManager]:
+    """A manager whose requests an rqarm.Worker of this process runs, in horses."""
+    monkeypatch.setattr(execution, "_process", execution._Process(os.getpid(), None, {}))
+    monkeypatch.setattr(rqworker, "PATIENCE", 0.05)
+    monkeypatch.setenv("RQARM_LEASE", "1.5")
+    handlers = Handlers()
+    handlers.route("/add/{a:int}/{b:int}")(app.add.function)
+    handlers.route("/die")(lambda request, context: os._exit(7))
+    use_handlers(handlers)
+    with RequestManager(url, lease=1.5, allow_volatile=True) as manager:
+        yield manager
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, verb: str, times: int) -> list[Exception]:
+    """Let the server refuse the next calls of a verb; gives what is still to be refused."""
+    left: list[Exception] = [ReadOnlyError("READONLY") for _ in range(times)]
+    execute = Shell.execute
+
+    def refusing(self: Shell, step: Any) -> Any:
+        if left and isinstance(step, Call) and step.script.name == verb:
+            raise left.pop()
+        return execute(self, step)
+
+    monkeypatch.setattr(Shell, "execute", refusing)
+    return left
+
+
+def work(url: str, kind: type[Worker] = Worker) -> Worker:
+    with connect.open_client(url) as client:
+        return burst(client, kind=kind)
+
+
+@pytest.mark.parametrize("verb", ["start", "crash"])
+def test_a_refused_transition_of_the_parent_is_sent_again(
+    rm: RequestManager, url: str, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    key = rm.submit("/die").key
+    left = refuse(monkeypatch, verb, times=3)
+    work(url)
+    status = rm.status(key)
+    assert (left, status.state, status.attempts) == ([], State.PENDING, 1)
+    assert status.error is not None
+    assert "exited with code 7" in status.error["message"]
+
+
+def test_a_job_that_rq_cannot_note_goes_back_unharmed(rm: RequestManager, url: str) -> None:
+    class Refused(Worker):
+        refusals = 2
+
+        def prepare_execution(self, job: Job) -> Any:
+            execution = super().prepare_execution(job)
+            if self.refusals:
+                self.refusals -= 1
+                raise OutOfMemoryError("OOM")
+            return execution
+
+    key = rm.submit("/add/1/2").key
+    worker = work(url, Refused)
+    assert (rm.result(key), rm.status(key).attempts) == (3, 1)
+    assert worker.executions == {}
+    assert rm.connection.hget(f"arm:status:{key}", "crashes") is None
+
+
+def test_a_heartbeat_that_is_refused_does_not_end_the_worker(rm: RequestManager, url: str) -> None:
+    class Refused(Worker):
+        def heartbeat(self, *arguments: Any, **named: Any) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(redis.Redis, "expire", _refused)
+                super().heartbeat(*arguments, **named)
+
+    keys = [status.key for status in rm.submit_many(["/add/1/2", "/add/2/2"])]
+    work(url, Refused)
+    assert [rm.status(key).state for key in keys] == [State.COMPLETED] * 2
+
+
+def _refused(*_: Any, **__: Any) -> None:
+    raise ReadOnlyError("READONLY")
+
+
+def test_a_sigterm_while_a_request_is_being_started_lets_it_finish(rm: RequestManager, url: str) -> None:
+    class Interrupted(Worker):
+        def _start(self, job: Job) -> Any:
+            run = super()._start(job)
+            signal.raise_signal(signal.SIGTERM)
+            return run
+
+    first, second = rm.submit_many(["/add/1/2", "/add/2/2"])
+    work(url, Interrupted)
+    assert [rm.status(status.key).state for status in (first, second)] == [State.COMPLETED, State.PENDING]
+    assert rm.cache.stats().in_progress == 0
+
+
+def test_stopping_a_horse_that_is_not_there_stops_nobody(rm: RequestManager, url: str) -> None:
+    with connect.open_client(url) as client:
+        worker = Worker(["arm"], connection=client)
+        worker.kill_horse()
+        assert worker.horse_pid == 0
+
+
+def test_a_stop_that_comes_before_the_fork_cancels_the_request(rm: RequestManager, url: str) -> None:
+    class Stopped(Worker):
+        def fork_work_horse(self, job: Job, queue: rq.Queue) -> None:
+            assert self.execution is not None
+            self.request_stop_execution(self.execution.id)
+            super().fork_work_horse(job, queue)
+
+    handlers = Handlers()
+    handlers.route("/pause")(lambda request, context: signal.pause())
+    use_handlers(handlers)
+    key = rm.submit("/pause").key
+    work(url, Stopped)
+    assert rm.status(key).state is State.CANCELLED
+
+
+def test_leases_are_renewed_in_time_whatever_interval_rq_is_told(rm: RequestManager, url: str) -> None:
+    with connect.open_client(url) as client:
+        assert Worker(["arm"], connection=client, job_monitoring_interval=30).job_monitoring_interval == 1
+        assert Worker(["arm"], connection=client).job_monitoring_interval == 1
+
+
+def test_rqs_own_limit_never_comes_before_the_routes(rm: RequestManager, url: str) -> None:
+    handlers = Handlers()
+    handlers.route("/long", timeout=7200)(lambda request, context: None)
+    use_handlers(handlers)
+    rm.submit("/long")
+    with connect.open_client(url) as client:
+        worker = Worker(["arm"], connection=client)
+        found = worker.dequeue_job_and_maintain_ttl(None)
+        assert found is not None
+        assert found[0].timeout == 3600 + GRACE
+        run = worker._start(found[0])
+        assert run is not None
+        assert (run.limit, found[0].timeout) == (7200, 7200 + GRACE)
+
+
+def test_handlers_that_cannot_be_loaded_are_an_error_of_the_operator(
+    rm: RequestManager, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "_process", execution._Process(os.getpid(), None, {}))
+    monkeypatch.setenv("RQARM_HANDLERS", "no_such_module")
+    with pytest.raises(ConfigError, match="no_such_module"):
+        work(url)
+    assert rm.connection.smembers("rq:workers") == set()
+
+
+def test_a_request_leaves_nothing_behind_in_rq(rm: RequestManager, url: str) -> None:
+    key = rm.submit("/add/1/2").key
+    job_id = rm.connection.hget(f"arm:status:{key}", "job_id").decode()
+    work(url)
+    arguments = {"connection": rm.connection, "serializer": JSONSerializer}
+    assert StartedJobRegistry("arm", **arguments).get_job_ids(cleanup=False) == []
+    assert FailedJobRegistry("arm", **arguments).get_job_ids(cleanup=False) == []
+    assert Job.fetch(job_id, **arguments).get_status() is JobStatus.FINISHED
+    assert rm.connection.keys("rq:execution*") == []
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="no unshare")
+def test_the_first_process_of_a_container_can_be_a_worker(home: embedded.PrivateServer, tmp_path: Any) -> None:
+    """A horse asks whether its parent is alive; process 1 is not a sign that it is not."""
+    unshare = ["unshare", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no right to make a pid namespace")
+    with crew(home.url, tmp_path) as hired:
+        key = hired.rm.submit("/add/1/2").key
+        environment = os.environ | {f"RQARM_{name.upper()}": str(value) for name, value in hired.settings.items()}
+        environment |= {"RQARM_HANDLERS": str(TESTS / "app.py"), "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+        worker = [sys.executable, "-m", "rq.cli", "worker", "-w", "rqarm.Worker", "-u", home.url, "-S", "json", "-b"]
+        done = subprocess.run(
+            [*unshare, *worker, hired.name], env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        status = hired.rm.status(key)
+        assert (status.state, status.attempts) == (State.COMPLETED, 1), done.stderr
+
+
+def test_no_job_of_ours_is_pickled(team: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("unpickled"))
+    key = team.rm.submit("/add/40/2").key
+    job = team.job(key)
+    assert team.rm.result(key, timeout=20) == 42
+    job.refresh()
+    assert job.return_value(refresh=True) is None
