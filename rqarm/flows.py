@@ -547,12 +547,12 @@ def _sweep_queue(core: Core, queue: str) -> Flow[int]:
             return healed
 
 
-def sweep_if_due(core: Core, queue: str | None = None) -> Flow[int]:
+def sweep_if_due(core: Core) -> Flow[int]:
     """Sweep unless somebody has, anywhere, within a third of a lease."""
     mine: bool = yield core.calls.claim_sweep()
     if not mine:
         return 0
-    return (yield from sweep(core, queue))
+    return (yield from sweep(core))
 
 
 def _heal_lapsed(core: Core, found: Overdue) -> Call[str]:

@@ -76,11 +76,6 @@ def _rq_queues(connection: Redis, queue: str) -> list[Queue]:
     return [Queue(name, connection=connection, serializer=JSONSerializer) for name in queue_names(queue)]
 
 
-def logical_queue(name: str) -> str:
-    """Our queue behind one of RQ's: each priority has one of its own."""
-    return next((name.removesuffix(end) for end in SUFFIXES.values() if end and name.endswith(end)), name)
-
-
 class RqJobs:
     """RQ jobs as recorded commands, for one namespace."""
 

@@ -34,11 +34,9 @@ def note(name: str, text: object) -> None:
     draft.rename(notes / name)
 
 
-def wait_for(name: str, context: Context | None = None) -> None:
+def wait_for(name: str) -> None:
     deadline = time.monotonic() + LONGEST
     while not (notes / name).exists() and time.monotonic() < deadline:
-        if context is not None and context.cancelled:
-            return
         time.sleep(0.01)
 
 
@@ -91,13 +89,13 @@ def wait(request: BatchRequest, context: Context, name: str) -> str:
     return f"{name} {context.attempt}"
 
 
-@handlers.route("/listen/{name}")
-def listen(request: BatchRequest, context: Context, name: str) -> None:
-    """Runs until it is cancelled, by its own observation."""
+@handlers.route("/turn/{name}")
+def turn(request: BatchRequest, context: Context, name: str) -> int:
+    """As ``wait``, but each attempt is let go on its own."""
     note(f"horse-{os.getpid()}", context.worker)
-    note(f"running-{name}", os.getpid())
-    wait_for(f"go-{name}", context)
-    note(f"cancelled-{name}", context.cancelled)
+    note(f"running-{name}-{context.attempt}", os.getpid())
+    wait_for(f"go-{name}-{context.attempt}")
+    return context.attempt
 
 
 @handlers.route("/kill/{name}")
@@ -105,13 +103,6 @@ def kill(request: BatchRequest, context: Context, name: str) -> None:
     with (notes / f"kills-{name}").open("a") as log:
         log.write("x")
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-@handlers.route("/killed_once/{name}")
-def killed_once(request: BatchRequest, context: Context, name: str) -> int:
-    if context.attempt == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return context.attempt
 
 
 @handlers.route("/exit/{code:int}")
@@ -168,7 +159,7 @@ def epilogue(request: BatchRequest, context: Context, seconds: float) -> str:
 @handlers.route("/soak/{n:int}")
 def soak(request: BatchRequest, context: Context, n: int) -> int:
     note(f"horse-{os.getpid()}", context.worker)
-    time.sleep(0.03)
+    time.sleep(0.1)
     return n * n
 
 

@@ -237,8 +237,10 @@ class Rig:
             case "failed" | "negative":
                 assert self.word(self.fail(attempt, negative_ms=3_600_000 if state == "negative" else 0)) == "failed"
             case "quarantined":
-                while self.word(self.crash(request.key, attempt.token, self.ticket(request))) != "quarantined":
+                for _ in range(self.settings.max_attempts - 1):
+                    assert self.word(self.crash(request.key, attempt.token, self.ticket(request))) == "requeued"
                     attempt = self.ask(self.take(execution))
+                assert self.word(self.crash(request.key, attempt.token, self.ticket(request))) == "quarantined"
             case "cancelled":
                 assert self.word(self.submit(request)) == "new"
                 assert self.word(self.calls.cancel(request.key)) == "cancelled"

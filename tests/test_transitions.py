@@ -1296,3 +1296,58 @@ def test_a_state_of_a_later_version_is_refused_by_name(rig: Rig) -> None:
 def test_the_scripts_on_the_server_are_those_of_the_package(rig: Rig) -> None:
     for known in all_scripts():
         assert rig.client.script_load(known.text) == known.sha == script(known.name).sha
+
+
+# -- wake-ups
+
+
+def woken(pubsub: Any) -> list[tuple[str, str]]:
+    """Channel and state of what was published so far; ``bell`` closes the list."""
+    heard = []
+    while True:
+        message = pubsub.get_message(ignore_subscribe_messages=True, timeout=10)
+        if message is None:
+            continue
+        if message["channel"] == b"arm:done:bell":
+            return heard
+        heard.append((message["channel"].decode(), message["data"].decode()))
+
+
+@pytest.mark.parametrize(
+    ("verb", "variant", "state", "word"),
+    [
+        ("complete", "mine", "mine", "completed"),
+        ("fail", "mine", "mine", "failed"),
+        ("cancel", "-", "pending", "cancelled"),
+        ("cancel", "-", "mine", "cancelled"),
+        ("put", "new", "pending", "completed"),
+        ("forget", "-", "completed", "unknown"),
+        ("complete", "other", "mine", None),
+        ("fail", "mine", "other", None),
+        ("cancel", "-", "failed", None),
+        ("retry", "mine", "mine", None),
+        ("crash", "clock", "lapsed", None),
+    ],
+)
+def test_an_end_wakes_who_waits_once_and_nothing_else_does(
+    rig: Rig, verb: str, variant: str, state: str, word: str | None
+) -> None:
+    seeded = rig.seed(state, REQUEST)
+    call = call_of(rig, verb, variant, seeded)
+    with rig.client.pubsub() as pubsub:
+        pubsub.psubscribe("arm:done:*")
+        assert pubsub.get_message(timeout=10)["type"] == "psubscribe"
+        rig.reply(call)
+        rig.reply(call)
+        rig.client.publish("arm:done:bell", "")
+        assert woken(pubsub) == ([(f"arm:done:{seeded.key}", word)] if word else [])
+
+
+def test_the_last_crash_wakes_who_waits(rig: Rig) -> None:
+    call = _last_crash(rig)
+    with rig.client.pubsub() as pubsub:
+        pubsub.psubscribe("arm:done:*")
+        assert pubsub.get_message(timeout=10)["type"] == "psubscribe"
+        rig.reply(call)
+        rig.client.publish("arm:done:bell", "")
+        assert woken(pubsub) == [(f"arm:done:{REQUEST.key}", "failed")]

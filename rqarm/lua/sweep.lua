@@ -62,7 +62,6 @@ for rank, list in ipairs(lists) do lengths[rank] = redis.call('LLEN', list) end
 local function has_ticket(claim)
   local rank = tonumber(claim.priority) + 1
   local delivery = redis.call('HGET', job_prefix .. claim.job_id, 'status')
-  if delivery == 'scheduled' then return tonumber(claim.due_ms or 0) > now_ms - lease_ms end
   if not WAITING[delivery or ''] then return false end
   if lengths[rank] == 0 then return false end
   if lengths[rank] > LOOKED_AT and cursor > 0 then return true end
@@ -75,7 +74,8 @@ local function check_line(key)
     redis.call('ZREM', pending_name(queue), key)
     -- What a vanished record added to the load is unknown; with the last of the line it goes at least then.
     if redis.call('ZCARD', pending_name(queue)) == 0 then redis.call('DEL', load_name(queue)) end
-  elseif tonumber(claim.pushed_ms) < now_ms - lease_ms and not has_ticket(claim) then
+  elseif math.max(tonumber(claim.pushed_ms), tonumber(claim.due_ms) or 0) < now_ms - lease_ms
+    and not has_ticket(claim) then
     report(ticketless, key, claim, claim.job_id)
   end
 end

@@ -77,8 +77,8 @@ def use_handlers(handlers: Handlers) -> None:
 def this_process() -> _Process:
     global _process
     if _process.pid != os.getpid():
-        # a fork: the handlers are inherited, connections and event loops are not
-        _process = _Process(os.getpid(), _process.handlers, {})
+        # a fork: handlers and managers are inherited (clients open connections of their own), event loops are not
+        _process = _Process(os.getpid(), _process.handlers, _process.managers)
     return _process
 
 
@@ -88,6 +88,21 @@ def handlers() -> Handlers:
     if process.handlers is None:
         process.handlers = load_handlers()
     return process.handlers
+
+
+def close_resources() -> None:
+    """Tear down what handlers built in this process: its last job is done. What fails is logged."""
+    process = this_process()
+    if process.handlers is None:
+        return
+    try:
+        if process.runner is not None and process.has_async_resources:
+            process.runner.run(process.handlers.resources.aclose())
+        else:
+            process.handlers.resources.close()
+    except Exception:
+        log.exception("a resource was not torn down")
+    process.has_async_resources = False
 
 
 def manager_for(namespace: str, connection: redis.Redis) -> RequestManager:

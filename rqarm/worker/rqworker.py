@@ -23,7 +23,7 @@ import rq
 from redis.exceptions import RedisError
 from rq.executions import Execution as RqExecution
 from rq.job import Job
-from rq.serializers import JSONSerializer
+from rq.serializers import JSONSerializer, PickleSerializer
 from rq.worker import WorkerStatus
 
 from rqarm import codec, flows
@@ -32,7 +32,7 @@ from rqarm.config import Settings
 from rqarm.errors import LeaseLost, NoHandler, RequestUnknown, RqarmError
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
-from rqarm.rqjobs import GRACE, PERFORM, logical_queue
+from rqarm.rqjobs import GRACE, PERFORM
 from rqarm.worker import execution
 
 log = logging.getLogger("rqarm.worker")
@@ -67,7 +67,8 @@ class _Run:
 class Worker(rq.Worker):
     """Use it like ``rq.Worker``. Jobs that are not ours run as RQ runs them.
 
-    ``lease`` and the other settings come from RQARM_*; RQ's serializer is JSON unless another is given.
+    ``lease`` and the other settings come from RQARM_*. Without a serializer it is RQ's JSON; with RQ's pickle, which
+    `rq worker` passes unless it is told ``-S json``, our jobs are read as the JSON they are and only others unpickled.
     """
 
     def __init__(self, queues: Any, *args: Any, serializer: Any = None, **kwargs: Any) -> None:
@@ -75,7 +76,7 @@ class Worker(rq.Worker):
         renewal = max(1, int(self.settings.lease / 3))
         # `rq worker` always passes RQ's own 30 s, in which a lease would lapse
         kwargs["job_monitoring_interval"] = min(kwargs.get("job_monitoring_interval", renewal), renewal)
-        kwargs["serializer"] = serializer or JSONSerializer
+        kwargs["serializer"] = OursAsJson if serializer is PickleSerializer else serializer or JSONSerializer
         super().__init__(queues, *args, **kwargs)
         self._run: _Run | None = None
         self._swept = 0.0
@@ -129,9 +130,8 @@ class Worker(rq.Worker):
         self._swept = now + self.settings.lease / 3 * random.uniform(0.8, 1.2)
         try:
             manager = execution.manager_for(self.settings.namespace, self.connection)
-            for queue in dict.fromkeys(map(logical_queue, self.queue_names())):
-                if healed := manager.shell.run(flows.sweep(manager.core, queue)):
-                    log.warning("queue %s: set %d requests going again that had died", queue, healed)
+            if healed := manager.shell.run(flows.sweep(manager.core)):
+                log.warning("set %d requests going again that had died", healed)
         except (RedisError, RqarmError) as error:
             log.warning("the sweep did not run: %s", error)
 
@@ -278,11 +278,34 @@ class Worker(rq.Worker):
             with contextlib.suppress(LeaseLost):
                 run.manager.shell.run(flows.release(run.manager.core, run.attempt))
 
+    def handle_warm_shutdown_request(self) -> None:
+        """Say it where our own lines go: somebody pressed Ctrl-C and waits."""
+        if self.get_state() == WorkerStatus.BUSY:
+            log.warning("stopping when the request in hand has ended; stop again to hand it back at once")
+        super().handle_warm_shutdown_request()  # type: ignore[no-untyped-call]
+
     # -- the horse
+
+    def perform_job(self, job: Job, queue: rq.Queue, rq_execution: RqExecution) -> bool:
+        try:
+            return bool(super().perform_job(job, queue, rq_execution))
+        finally:
+            execution.close_resources()
 
     def setup_work_horse_signals(self) -> None:
         super().setup_work_horse_signals()  # type: ignore[no-untyped-call]
         _die_with(self.pid)
+
+
+class OursAsJson:
+    """RQ's pickle serializer, except that what is JSON, as our jobs are, is read as JSON and never unpickled."""
+
+    dumps = staticmethod(PickleSerializer.dumps)
+
+    @staticmethod
+    def loads(data: bytes) -> Any:
+        # a pickle of RQ starts with the byte 0x80
+        return JSONSerializer.loads(data) if data[:1] == b"[" else PickleSerializer.loads(data)
 
 
 def _kill_group(group: int, sig: signal.Signals) -> None:
