@@ -7,6 +7,7 @@ here. The clock is the monotonic one; the server's time never meets it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import secrets
@@ -323,7 +324,7 @@ def as_completed(core: Core, keys: Iterable[str], timeout: float | None) -> Flow
             left.discard(found.status.key)
             yield Emit(found.status)
         else:
-            step.answer = yield step.value
+            yield from _answered(step)
     for key in wanted:
         if key in left:
             raise WaitTimeout(key, known[key].state, timeout or 0.0)
@@ -364,8 +365,10 @@ def _settle(
             return
         woken: set[Key] = yield Listen(left)
         if not woken:
-            # nobody may be there to notice that a worker died: whoever waits does
-            yield from sweep_if_due(core)
+            # nobody may be there to notice that a worker died: whoever waits does. A favour: when it fails (memory is
+            # out, foreign data among the leases) the wait goes on, and the read says what is wrong with this request.
+            with contextlib.suppress(Exception):
+                yield from sweep_if_due(core)
         asked = [key for key in waiting if key in woken] or tuple(waiting)
 
 
@@ -373,18 +376,26 @@ def _settle(
 class _StepOf:
     value: Step
     answer: Any = None
+    failure: Exception | None = None
 
 
 def _steps(flow: Flow[Any]) -> Iterator[_StepOf]:
-    """A flow as a plain iterator: set ``answer`` of a step before asking for the next."""
-    answer = None
+    """A flow as a plain iterator: set ``answer`` or ``failure`` of a step before asking for the next."""
+    step = _StepOf(Emit(None))
     while True:
         try:
-            step = _StepOf(flow.send(answer))
+            step = _StepOf(flow.send(step.answer) if step.failure is None else flow.throw(step.failure))
         except StopIteration:
             return
         yield step
-        answer = step.answer
+
+
+def _answered(step: _StepOf) -> Flow[None]:
+    """Ask the driver; its error belongs to the flow that wanted the step."""
+    try:
+        step.answer = yield step.value
+    except Exception as failure:  # noqa: BLE001 -- raised again inside that flow
+        step.failure = failure
 
 
 def _collect(flow: Flow[Any]) -> Flow[list[Any]]:
@@ -394,7 +405,7 @@ def _collect(flow: Flow[Any]) -> Flow[list[Any]]:
         if isinstance(step.value, Emit):
             items.append(step.value.item)
         else:
-            step.answer = yield step.value
+            yield from _answered(step)
     return items
 
 

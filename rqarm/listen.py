@@ -117,13 +117,15 @@ class Listener:
             self._send("UNSUBSCRIBE", idle)
 
     def _send(self, verb: str, channels: Sequence[str]) -> None:
-        """Write under the lock: what is watched and what the server was told never differ."""
-        if channels and self._connection is not None:
-            try:
-                self._connection.send_command(verb, *channels, check_health=False)
-            except redis.exceptions.RedisError:
-                # the thread meets the same error, connects again and asks for everything
-                self._connection = None
+        """Write under the lock: what is watched and what the server was told never differ.
+
+        Straight to the socket: redis-py's own send closes a connection that is broken, here under the reader's feet.
+        The reader finds out by itself, connects again and asks for everything.
+        """
+        end = None if self._connection is None else self._connection._sock
+        if channels and end is not None:
+            with contextlib.suppress(OSError):
+                end.sendall(b"".join(self._connection.pack_command(verb, *channels)))
 
     def _read(self) -> None:
         while not self._closing.is_set():
@@ -135,10 +137,10 @@ class Listener:
                     channels = (self._keys.pubsub_prefix, *self._watchers)
                     connection.send_command("SUBSCRIBE", *channels, check_health=False)
                     self._connection = connection
-                while self._connection is connection and not self._closing.is_set():
+                while not self._closing.is_set():
                     if connection.can_read(timeout=READ):
                         self._take(connection.read_response(disconnect_on_error=False, push_request=True))
-            except redis.exceptions.RedisError as error:
+            except Exception as error:  # noqa: BLE001 -- the only reader must not die, whatever breaks
                 log.warning("lost the wake-up connection, trying again in %g s: %s", RECONNECT, error)
             finally:
                 with self._changed:
@@ -276,7 +278,7 @@ class AsyncListener:
                     message = await connection.read_response(timeout=READ, disconnect_on_error=False, push_request=True)
                     if message is not None:
                         self._take(message)
-            except redis.exceptions.RedisError as error:
+            except Exception as error:  # noqa: BLE001 -- the only reader must not die, whatever breaks
                 log.warning("lost the wake-up connection, trying again in %g s: %s", RECONNECT, error)
             finally:
                 self._connection = None

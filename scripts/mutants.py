@@ -2,8 +2,8 @@
 
     python scripts/mutants.py [NAME ...] [--tests tests/test_transitions.py tests/test_model.py ...]
 
-Each mutant is the package with one piece of text replaced, in a copy. It is caught when the tests fail on it. Exit code 1
-when one lives, or when its text is no longer in the source: then write it anew, do not drop it.
+Each mutant is the package with one piece of text replaced, in a copy. It is caught when the tests fail on it. Exit code
+1 when one lives, or when its text is no longer in the source: then write it anew, do not drop it.
 """
 
 from __future__ import annotations
@@ -98,7 +98,12 @@ MUTANTS = [
         "is_live = DELIVERED[redis.call('HGET', job_prefix .. claim.job_id, 'status') or '']",
         "is_live = true",
     ),
-    Mutant("submit-twice-queues-twice", "lua/submit.lua", "if claim.job_id == job_id then", "if false then"),
+    Mutant(
+        "submit-twice-queues-twice",
+        "lua/submit.lua",
+        "elseif state and claim.job_id == job_id then",
+        "elseif false then",
+    ),
     Mutant("submit-ignores-another-uri", "lua/submit.lua", "if state and claim.uri ~= uri then", "if false then"),
     Mutant("sweep-without-re-push", "lua/sweep.lua", "    report(ticketless, key, claim, claim.job_id)\n", ""),
     Mutant(
@@ -146,7 +151,8 @@ def caught(mutant: Mutant, tests: list[str]) -> bool:
         source.write_text(text.replace(mutant.old, mutant.new))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
         # an installed rqarm must not shadow the mutant
-        run = subprocess.run(command, cwd=directory, env={**os.environ, "PYTHONPATH": directory}, capture_output=True)
+        environment = {**os.environ, "PYTHONPATH": directory}
+        run = subprocess.run(command, cwd=directory, env=environment, capture_output=True, check=False)
         if run.returncode not in (0, 1):
             raise SystemExit(f"{mutant.name}: the tests did not run:\n{run.stdout.decode()[-2000:]}")
         return run.returncode == 1

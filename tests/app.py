@@ -19,7 +19,10 @@ from typing import Any
 
 import rq.worker
 
-from rqarm import BatchRequest, Context, Handlers, Result, Retry
+from rqarm import BatchRequest, Context, Handlers, Result, Retry, flows
+
+if delay := os.environ.get("CRASH_DELAY"):
+    flows.CRASH_DELAYS = (float(delay),)  # most tests of crashes are not about the pause behind them
 
 handlers = Handlers()
 notes = Path(os.environ.get("NOTES", "/nonexistent"))

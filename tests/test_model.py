@@ -1,4 +1,4 @@
-"""A state machine against a real server: random transitions, faults and zombies on four keys, and a model in Python.
+"""A state machine against a real server: random transitions, faults and zombies on three keys, and a model in Python.
 
 The model is a plain restatement of design.md, without indexes, sums or TTLs: a dict of records, RQ's three lists, the
 set of RQ's jobs. After each step the server must agree with it on the answer, the records, the order in line and RQ's
@@ -21,7 +21,14 @@ from audit import audit
 from drive import Rig
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from rqarm import connect, embedded, flows
 from rqarm.calls import Attempt, Overdue, Ticket
@@ -30,18 +37,23 @@ from rqarm.request import BatchRequest
 
 EXAMPLES = int(os.environ.get("RQARM_EXPLORE", "0"))
 PROFILE = settings(
-    max_examples=EXAMPLES or 60,
-    stateful_step_count=40,
+    max_examples=EXAMPLES or 120,
+    stateful_step_count=50,
     deadline=None,
     derandomize=not EXAMPLES,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
 HOUR_MS = 3_600_000
-URIS = tuple(f"/{n}" for n in range(4))
+URIS = tuple(f"/{n}" for n in range(3))
+
+#: low, so that requests are set aside now and then
+MAX_ATTEMPTS = 2
+VERBS = ("renew", "complete", "fail", "retry", "release", "crash")
 
 uris = st.sampled_from(URIS)
 priorities = st.sampled_from(Priority)
+seldom = st.sampled_from([False, False, False, True])
 
 
 @dataclass
@@ -92,7 +104,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.client = connect.open_client(self.server.url)
         self.client.flushall()
-        self.rig = Rig(self.client)
+        self.rig = Rig(self.client, max_attempts=MAX_ATTEMPTS)
         self.world = World()
         self.orders = 0
         self.newest_token = 0
@@ -130,6 +142,9 @@ class Machine(RuleBasedStateMachine):
         delivery = self.world.jobs.get(record.job_id)
         return delivery == "scheduled" or (delivery == "queued" and record.job_id in self.world.lists[record.priority])
 
+    def is_lost(self, record: Record) -> bool:
+        return record.state == "pending" and not self.has_ticket(record)
+
     def began(self, uri: str, record: Record, execution: str, attempt: Attempt) -> None:
         """An attempt begins: what its holder is told agrees with the model."""
         record.attempts += 1
@@ -146,7 +161,7 @@ class Machine(RuleBasedStateMachine):
 
     def died(self, uri: str, record: Record, job_id: str, *, delayed: bool) -> str:
         record.crashes += 1
-        if record.crashes >= self.rig.settings.max_attempts:
+        if record.crashes >= MAX_ATTEMPTS:
             self.landed(record, "failed")
             record.quarantined, record.aside_by = True, job_id
             return "quarantined"
@@ -163,8 +178,8 @@ class Machine(RuleBasedStateMachine):
         fallback=st.integers(1, 3),
         priority=priorities,
         payload=st.sampled_from(["", "p", "q"]),
-        again=st.booleans(),
-        resend=st.booleans(),
+        again=seldom,
+        resend=seldom,
     )
     def submit(
         self,
@@ -184,7 +199,7 @@ class Machine(RuleBasedStateMachine):
             priority=priority,
             estimated_time=float(hours),
         )
-        rig = Rig(self.client, ttl=fallback * 3600.0)
+        rig = Rig(self.client, ttl=fallback * 3600.0, max_attempts=MAX_ATTEMPTS)
         ticket = rig.ticket(request)
         record = self.world.records.get(uri)
         if resend and record is not None and record.job_id:
@@ -244,7 +259,7 @@ class Machine(RuleBasedStateMachine):
         self.keep(uri, payload)
         if record.state == "in_progress" and record.lapsed:
             record.crashes += 1
-            if record.crashes >= self.rig.settings.max_attempts:
+            if record.crashes >= MAX_ATTEMPTS:
                 self.landed(record, "failed")
                 record.quarantined = True
                 return "negative"
@@ -266,12 +281,35 @@ class Machine(RuleBasedStateMachine):
             self.push(uri, job_id, request.priority)
         return outcome
 
+    @initialize(priority=priorities)
+    def begin_busy(self, priority: Priority) -> None:
+        """All requests are there and one runs: where most histories have got to."""
+        for uri in URIS:
+            self.submit_plainly(uri, priority)
+        self.take(resend=False)
+
+    @precondition(lambda self: len(self.world.records) < len(URIS) or not any(self.world.lists))
+    @rule(priority=priorities)
+    def submit_all(self, priority: Priority) -> None:
+        for uri in URIS:
+            self.submit_plainly(uri, priority)
+
+    def submit_plainly(self, uri: str, priority: Priority) -> None:
+        request = BatchRequest(uri, priority=priority, estimated_time=1.0)
+        ticket = self.rig.ticket(request)
+        record = self.world.records.get(uri)
+        wanted = self.submitted(uri, record, request, 24, ticket.job_id, "", again=False)
+        assert self.rig.word(self.rig.submit(request, ticket)) == wanted
+
+    @rule(uri=uris, data=st.data(), what=st.sampled_from(["cancel", "forget", "put", "clear"]))
+    def manage(self, uri: str, data: st.DataObject, what: str) -> None:
+        getattr(self, what)(uri, data)
+
     def keep(self, uri: str, payload: str) -> None:
         if payload:
             self.world.payloads.setdefault(uri, set()).add(payload)
 
-    @rule(uri=uris)
-    def cancel(self, uri: str) -> None:
+    def cancel(self, uri: str, data: st.DataObject) -> None:
         record = self.world.records.get(uri)
         wanted = "unknown" if record is None else "cancelled" if record.in_flight else "ended"
         assert self.rig.word(self.rig.calls.cancel(self.key(uri))) == wanted
@@ -279,8 +317,7 @@ class Machine(RuleBasedStateMachine):
             self.landed(record, "cancelled")
             self.world.payloads.pop(uri, None)
 
-    @rule(uri=uris)
-    def forget(self, uri: str) -> None:
+    def forget(self, uri: str, data: st.DataObject) -> None:
         record = self.world.records.get(uri)
         wanted = "unknown" if record is None else "in_flight" if record.in_flight else "forgotten"
         assert self.rig.word(self.rig.calls.forget(self.key(uri))) == wanted
@@ -288,13 +325,16 @@ class Machine(RuleBasedStateMachine):
             del self.world.records[uri]
             self.world.payloads.pop(uri, None)
 
-    @rule(uri=uris, sticky=st.booleans(), twice=st.booleans())
-    def put(self, uri: str, sticky: bool, twice: bool) -> None:
+    def put(self, uri: str, data: st.DataObject) -> None:
+        sticky, twice = data.draw(st.booleans()), data.draw(st.booleans())
         call = self.rig.put(BatchRequest(uri, sticky=sticky), secrets.token_hex(8))
         for _ in range(1 + twice):
             assert self.rig.word(call) == "stored"
         record = self.world.records.setdefault(uri, Record("completed"))
-        self.stored(uri, record, sticky, int(self.rig.settings.ttl * 1000))
+        life_ms = int(self.rig.settings.ttl * 1000)
+        if record.in_flight:  # who waits for it asked for as much
+            sticky, life_ms = sticky or record.sticky, max(life_ms, record.ttl_ms)
+        self.stored(uri, record, sticky, life_ms)
 
     def stored(self, uri: str, record: Record, sticky: bool, life_ms: int) -> None:
         self.landed(record, "completed")
@@ -302,8 +342,8 @@ class Machine(RuleBasedStateMachine):
         record.quarantined = record.negative = False
         self.world.payloads.pop(uri, None)
 
-    @rule(temporary_only=st.booleans())
-    def clear(self, temporary_only: bool) -> None:
+    def clear(self, uri: str, data: st.DataObject) -> None:
+        temporary_only = data.draw(st.booleans())
         gone = [
             uri
             for uri, record in self.world.records.items()
@@ -315,7 +355,13 @@ class Machine(RuleBasedStateMachine):
 
     # -- attempts
 
-    @rule(resend=st.booleans())
+    @precondition(lambda self: any(self.world.lists))
+    @rule()
+    def take_one(self) -> None:
+        self.take(resend=False)
+
+    @precondition(lambda self: any(self.world.lists) or self.world.taken)
+    @rule(resend=seldom)
     def take(self, resend: bool) -> None:
         taken = self.world.taken
         is_again = resend and taken is not None
@@ -347,11 +393,11 @@ class Machine(RuleBasedStateMachine):
                     return uri
         return None
 
-    @rule(uri=uris, data=st.data(), resend=st.booleans())
-    def start(self, uri: str, data: st.DataObject, resend: bool) -> None:
+    @precondition(lambda self: any(self.tickets.values()))
+    @rule(data=st.data(), resend=st.booleans())
+    def start(self, data: st.DataObject, resend: bool) -> None:
         """An RQ worker delivers a ticket: the right one, an old one, one twice."""
-        if not self.tickets[uri]:
-            return
+        uri = data.draw(st.sampled_from([uri for uri in URIS if self.tickets[uri]]))
         record = self.world.records.get(uri)
         tickets = self.tickets[uri][-6:]
         job_id = data.draw(st.sampled_from(tickets[::-1]))
@@ -371,12 +417,29 @@ class Machine(RuleBasedStateMachine):
         else:
             assert answer == record.state
 
-    @rule(uri=uris, data=st.data(), verb=st.sampled_from(["renew", "complete", "fail", "retry", "release", "crash"]))
-    def act(self, uri: str, data: st.DataObject, verb: str) -> None:
-        """The holder of an attempt goes on with it; or a zombie tries to."""
-        if not self.attempts[uri]:
-            return
-        attempt = data.draw(st.sampled_from(self.attempts[uri][-4:][::-1]))
+    @precondition(lambda self: any(self.attempts.values()))
+    @rule(data=st.data(), verb=st.sampled_from(VERBS))
+    def try_to_go_on(self, data: st.DataObject, verb: str) -> None:
+        """Somebody who has, or had, an attempt goes on with it: the holder, or a zombie."""
+        uri = data.draw(st.sampled_from([uri for uri in URIS if self.attempts[uri]]))
+        self.act(uri, data.draw(st.sampled_from(self.attempts[uri][-4:][::-1])), data, verb)
+
+    @precondition(lambda self: self.running())
+    @rule(data=st.data(), verb=st.sampled_from(VERBS))
+    def go_on(self, data: st.DataObject, verb: str) -> None:
+        uri = data.draw(st.sampled_from(self.running()))
+        self.act(uri, self.attempts[uri][-1], data, verb)
+
+    @precondition(lambda self: self.running())
+    @rule(data=st.data(), verb=st.sampled_from(VERBS))
+    def end_well_or_not(self, data: st.DataObject, verb: str) -> None:
+        """The same again, so that it is tried more often."""
+        self.act((uri := self.running()[0]), self.attempts[uri][-1], data, verb)
+
+    def running(self) -> list[str]:
+        return [uri for uri, record in self.world.records.items() if record.state == "in_progress"]
+
+    def act(self, uri: str, attempt: Attempt, data: st.DataObject, verb: str) -> None:
         record = self.world.records.get(uri)
         holds = record is not None and record.state == "in_progress" and record.token == int(attempt.token)
         getattr(self, f"act_{verb}")(uri, record or Record("unknown"), attempt, holds, data)
@@ -437,7 +500,6 @@ class Machine(RuleBasedStateMachine):
         assert self.rig.word(call) == wanted
         assert self.rig.word(call) == ("already" if is_dead else "alive")
 
-    @rule(uri=uris, data=st.data())
     def revive(self, uri: str, data: st.DataObject) -> None:
         """A sweep that was slow: what it found may have changed since."""
         if not self.tickets[uri]:
@@ -458,13 +520,22 @@ class Machine(RuleBasedStateMachine):
 
     # -- faults
 
-    @rule(uri=uris)
-    def lapse(self, uri: str) -> None:
-        record = self.world.records.get(uri)
-        if record is not None and record.state == "in_progress":
-            self.rig.lapse(self.key(uri))
-            record.lapsed = True
+    @rule(
+        uri=uris,
+        data=st.data(),
+        what=st.sampled_from(["revive", "delete_job", "deliver_twice", "empty_queue", "evict", "flushdb"]),
+    )
+    def disturb(self, uri: str, data: st.DataObject, what: str) -> None:
+        getattr(self, what)(uri, data)
 
+    @precondition(lambda self: self.running())
+    @rule(data=st.data())
+    def lapse(self, data: st.DataObject) -> None:
+        uri = data.draw(st.sampled_from(self.running()))
+        self.rig.lapse(self.key(uri))
+        self.world.records[uri].lapsed = True
+
+    @precondition(lambda self: any(record.lapsed or self.is_lost(record) for record in self.world.records.values()))
     @rule()
     def sweep(self) -> None:
         records = self.world.records
@@ -475,7 +546,7 @@ class Machine(RuleBasedStateMachine):
         lost = [
             uri
             for uri, record in sorted(records.items(), key=lambda item: (item[1].priority, item[1].order))
-            if record.state == "pending" and not self.has_ticket(record)
+            if self.is_lost(record)
         ]
         assert self.rig.run(flows.sweep(self.rig.core)) == len(lapsed) + len(lost)
         for uri in lapsed:
@@ -490,35 +561,32 @@ class Machine(RuleBasedStateMachine):
     def stored_job(self, uri: str) -> str:
         return self.rig.record(self.key(uri))["job_id"]
 
-    @rule(uri=uris)
-    def delete_job(self, uri: str) -> None:
+    def delete_job(self, uri: str, data: st.DataObject) -> None:
         record = self.world.records.get(uri)
         if record is not None and record.job_id:
             self.client.delete(f"{self.rig.jobs.job_prefix}{record.job_id}")
             self.world.jobs.pop(record.job_id, None)
 
-    @rule(uri=uris, data=st.data(), rank=priorities)
-    def deliver_twice(self, uri: str, data: st.DataObject, rank: Priority) -> None:
+    def deliver_twice(self, uri: str, data: st.DataObject) -> None:
         if self.tickets[uri]:
+            rank = data.draw(priorities)
             job_id = data.draw(st.sampled_from(self.tickets[uri][-3:]))
             self.client.rpush(self.rig.jobs.lists("arm")[rank], job_id)
             self.world.lists[rank].append(job_id)
 
-    @rule(rank=priorities)
-    def empty_queue(self, rank: Priority) -> None:
+    def empty_queue(self, uri: str, data: st.DataObject) -> None:
+        rank = data.draw(priorities)
         self.client.delete(self.rig.jobs.lists("arm")[rank])
         self.world.lists[rank].clear()
 
-    @rule(uri=uris)
-    def evict(self, uri: str) -> None:
+    def evict(self, uri: str, data: st.DataObject) -> None:
         self.rig.evict(self.key(uri))
         record = self.world.records.get(uri)
         if record is not None:
             record.has_result = False
 
-    @rule(dice=st.integers(0, 15))
-    def flushdb(self, dice: int) -> None:
-        if dice == 13:
+    def flushdb(self, uri: str, data: st.DataObject) -> None:
+        if data.draw(st.integers(0, 3)) == 3:
             self.client.flushdb()
             self.world = World()
 
@@ -557,11 +625,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def the_audit_finds_nothing(self) -> None:
-        lost = [
-            self.key(uri)
-            for uri, record in self.world.records.items()
-            if record.state == "pending" and not self.has_ticket(record)
-        ]
+        lost = [self.key(uri) for uri, record in self.world.records.items() if self.is_lost(record)]
         audit(self.client, self.rig.keys, lost=lost)
 
 

@@ -144,6 +144,17 @@ def test_who_waits_in_vain_looks_for_the_dead(core: Core) -> None:
     assert verbs(flow.send(["arm"])) == ["sweep"]
 
 
+def test_a_sweep_that_fails_does_not_end_the_wait(core: Core) -> None:
+    flow = flows.wait(core, KEY, None)
+    flow.send(None)
+    flow.send(None)
+    flow.send([found(State.IN_PROGRESS)])
+    flow.send(set())
+    assert verbs(flow.throw(redis.exceptions.OutOfMemoryError("OOM command not allowed"))) == ["read"]
+    with pytest.raises(redis.exceptions.ConnectionError):
+        flow.throw(redis.exceptions.ConnectionError("but a read that fails does"))
+
+
 def test_only_what_woke_is_read_again(core: Core) -> None:
     keys = [Key("a"), Key("b"), Key("c")]
     flow = flows.wait(core, keys, None)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,17 @@ class WorkerProcess:
     """``rq worker`` as a process of its own. What it says is in ``log``; what its handlers note is in ``notes``."""
 
     def __init__(
-        self, url: str, directory: Path, kind: str, name: str, arguments: tuple[str, ...], **settings: Any
+        self, url: str, directory: Path, kind: str, name: str, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> None:
         self.name, self.log, self.notes = name, directory / f"{name}.log", directory / "notes"
         self.notes.mkdir(exist_ok=True)
-        settings = {"handlers": APP} | settings
-        environment = os.environ | {f"RQARM_{key.upper()}": str(value) for key, value in settings.items()}
-        environment |= {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "NOTES": str(self.notes), "RQARM_ALLOW_VOLATILE": "1"}
+        environment = {
+            **os.environ,
+            **environment,
+            "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+            "NOTES": str(self.notes),
+            "RQARM_ALLOW_VOLATILE": "1",
+        }
         program = [sys.executable, "-m", "rq.cli", "worker", "-w", kind, "-u", url, "-S", "json", "-n", name]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -96,11 +100,12 @@ class WorkerProcess:
 class Crew:
     """Workers on one server, with a namespace and a queue of their own; all are stopped at the end."""
 
-    def __init__(self, url: str, directory: Path, **settings: Any) -> None:
+    def __init__(self, url: str, directory: Path, crash_delay: float | None = None, **settings: Any) -> None:
         self.name = f"crew{secrets.token_hex(3)}"
         self.url, self.directory = url, directory / self.name
         self.directory.mkdir()
         self.settings = {"namespace": self.name, "queue": self.name, "lease": LEASE} | settings
+        self._crash_delay = crash_delay
         self.rm = RequestManager(url, allow_volatile=True, **self.settings)
         self.workers: list[WorkerProcess] = []
 
@@ -114,7 +119,11 @@ class Crew:
         """A new worker that may not listen yet. ``options`` are those of ``rq worker``."""
         name = f"{self.name}-{kind.rpartition('.')[2]}-{len(self.workers)}"
         arguments = (*options, *queue_names(self.name))
-        worker = WorkerProcess(self.url, self.directory, kind, name, arguments, **self.settings | settings)
+        settings = {"handlers": APP} | self.settings | settings
+        environment = {f"RQARM_{key.upper()}": str(value) for key, value in settings.items()}
+        if self._crash_delay is not None:
+            environment["CRASH_DELAY"] = str(self._crash_delay)
+        worker = WorkerProcess(self.url, self.directory, kind, name, arguments, environment)
         self.workers.append(worker)
         return worker
 
@@ -174,24 +183,22 @@ class Crew:
         reached: BatchStatus = eventually(found, timeout, f"{key} is {state}")
         return reached
 
-    def said(self) -> str:
-        return "\n".join(worker.said() for worker in self.workers)
-
     def close(self) -> None:
         for worker in self.workers:
             worker.stop()
+            print(worker.said())
         self.rm.close()
 
 
 @contextmanager
 def crew(url: str, directory: Path, **settings: Any) -> Iterator[Crew]:
-    """A crew on the server at ``url``; when the block fails, its logs are part of the failure."""
+    """A crew on the server at ``url``. At the end it prints its logs, which pytest shows when the test has failed.
+
+    ``crash_delay``: seconds between a crash and the next attempt, instead of 1, 5, 25.
+    """
     hired = Crew(url, directory, **settings)
     try:
         yield hired
-    except BaseException as failure:
-        failure.add_note(hired.said())
-        raise
     finally:
         hired.close()
 

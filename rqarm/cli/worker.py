@@ -86,6 +86,8 @@ def _check(url: str, settings: Settings) -> None:
     """Refuse a server that would lose requests before any is taken: the first call of a manager judges it."""
     with RequestManager(url, namespace=settings.namespace) as rm:
         rm.cache.stats()
+    # Said once: the worker's own manager would say it again.
+    os.environ["RQARM_ALLOW_VOLATILE"] = "1"
 
 
 def log_to_stderr(verbose: int) -> None:

@@ -42,6 +42,8 @@ T = TypeVar("T")
 HARD_GRACE = 5.0
 #: longest wait in seconds before a server that refused is asked again
 PATIENCE = 5.0
+#: seconds until the listener for RQ's commands tries again
+DEAF = 1.0
 #: states in which an attempt's own end leaves its request
 ENDED = (State.COMPLETED, State.FAILED, State.PENDING)
 _PR_SET_PDEATHSIG = 1
@@ -150,6 +152,8 @@ class Worker(rq.Worker):
             self._patiently(self._hand_back)
             self._patiently(lambda: self.set_state(WorkerStatus.IDLE))
         except SystemExit:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)  # somebody impatient must not interrupt what comes now
             with contextlib.suppress(RedisError):
                 self._hand_back()
             raise
@@ -261,6 +265,13 @@ class Worker(rq.Worker):
         elif ret_val is not None:
             self._obituary = f"the process exited with code {os.waitstatus_to_exitcode(ret_val)}"
         super().handle_work_horse_killed(job, retpid, ret_val, rusage)  # type: ignore[no-untyped-call]
+
+    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
+        """RQ's listener ends at a BUSY or a LOADING, and no command reaches the worker ever after."""
+        if not isinstance(exc, RedisError):
+            raise exc
+        log.warning("commands are not heard, listening again: %s", exc)
+        time.sleep(DEAF)
 
     def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
         """Kill the horse with its group. RQ's way kills the worker when there is no horse, or it has no group yet."""
