@@ -74,6 +74,7 @@ class Record:
     retries: int = 0
     crashes: int = 0
     lapsed: bool = False
+    delayed: bool = False
     quarantined: bool = False
     negative: bool = False
     has_result: bool = False
@@ -134,8 +135,8 @@ class Machine(RuleBasedStateMachine):
         if not delayed:
             self.world.lists[rank].insert(0 if front else len(self.world.lists[rank]), job_id)
 
-    def back_in_line(self, record: Record, job_id: str) -> None:
-        record.state, record.job_id, record.lapsed = "pending", job_id, False
+    def back_in_line(self, record: Record, job_id: str, *, delayed: bool = False) -> None:
+        record.state, record.job_id, record.lapsed, record.delayed = "pending", job_id, False, delayed
         record.token, record.execution = 0, ""
 
     def has_ticket(self, record: Record) -> bool:
@@ -145,11 +146,15 @@ class Machine(RuleBasedStateMachine):
     def is_lost(self, record: Record) -> bool:
         return record.state == "pending" and not self.has_ticket(record)
 
+    def is_dead(self, record: Record) -> bool:
+        """What a sweep finds: before its time, nobody asks whether a delayed one has its ticket."""
+        return self.is_lost(record) and not record.delayed
+
     def began(self, uri: str, record: Record, execution: str, attempt: Attempt) -> None:
         """An attempt begins: what its holder is told agrees with the model."""
         record.attempts += 1
         record.state, record.execution, record.token = "in_progress", execution, int(attempt.token)
-        record.lapsed = record.quarantined = record.negative = False
+        record.lapsed = record.delayed = record.quarantined = record.negative = False
         assert record.token > self.newest_token, "tokens rise"
         self.newest_token = record.token
         assert (attempt.number, attempt.retries, attempt.crashes) == (record.attempts, record.retries, record.crashes)
@@ -165,7 +170,7 @@ class Machine(RuleBasedStateMachine):
             self.landed(record, "failed")
             record.quarantined, record.aside_by = True, job_id
             return "quarantined"
-        self.back_in_line(record, job_id)
+        self.back_in_line(record, job_id, delayed=delayed)
         self.push(uri, job_id, record.priority, delayed=delayed)
         return "requeued"
 
@@ -476,7 +481,7 @@ class Machine(RuleBasedStateMachine):
         call = self.rig.retry(attempt, ticket, delay_ms=delay * 1000)
         assert self.rig.word(call) == ("retried" if holds else "lost")
         if holds:
-            self.back_in_line(record, ticket.job_id)
+            self.back_in_line(record, ticket.job_id, delayed=delay > 0)
             record.retries += 1
             self.push(uri, ticket.job_id, record.priority, delayed=delay > 0)
             assert self.rig.word(call) == "already"
@@ -535,7 +540,7 @@ class Machine(RuleBasedStateMachine):
         self.rig.lapse(self.key(uri))
         self.world.records[uri].lapsed = True
 
-    @precondition(lambda self: any(record.lapsed or self.is_lost(record) for record in self.world.records.values()))
+    @precondition(lambda self: any(record.lapsed or self.is_dead(record) for record in self.world.records.values()))
     @rule()
     def sweep(self) -> None:
         records = self.world.records
@@ -546,7 +551,7 @@ class Machine(RuleBasedStateMachine):
         lost = [
             uri
             for uri, record in sorted(records.items(), key=lambda item: (item[1].priority, item[1].order))
-            if self.is_lost(record)
+            if self.is_dead(record)
         ]
         assert self.rig.run(flows.sweep(self.rig.core)) == len(lapsed) + len(lost)
         for uri in lapsed:
@@ -609,6 +614,7 @@ class Machine(RuleBasedStateMachine):
         if record is None:
             return
         assert stored.get("job_id", "") == record.job_id
+        assert record.state != "pending" or ("due_ms" in stored) == record.delayed
         counts = [int(stored.get(name, 0)) for name in ("attempts", "crashes", "retries", "token")]
         assert counts == [record.attempts, record.crashes, record.retries, record.token]
         assert stored.get("quarantined") == ("1" if record.quarantined else None)
