@@ -19,7 +19,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from servers import eventually
 
-from rqarm import BatchStatus, RequestManager, State
+from rqarm import BatchStatus, RequestManager, State, embedded
 from rqarm.rqjobs import queue_names
 
 TESTS = Path(__file__).parent
@@ -50,7 +50,7 @@ class WorkerProcess:
         program = [sys.executable, "-m", "rq.cli", "worker", "-w", kind, "-u", url, "-S", "json", "-n", name]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*program, *arguments],
+                embedded._leashed([*program, *arguments]),  # it ends with this process at the latest
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

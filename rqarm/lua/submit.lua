@@ -131,6 +131,8 @@ local function replace_ticket()
     redis.call('HSET', status, 'queue', queue, 'priority', int(better), 'ticket', int(claim.ticket))
   end
   requeue(key, claim, job_id, commands, data)
+  -- Mine is in the queue now, whatever the old one waited for: were it lost, the sweep would wait that long to look.
+  redis.call('HDEL', status, 'due_ms')
 end
 
 local function claim_it()
