@@ -118,7 +118,7 @@ class RequestManager:
         return self.shell.run(explain(self.core, request))
 
     def events(self, since: str | None = None, timeout: float | None = None) -> Iterator[Event]:
-        """Transitions as they happen, until ``timeout`` seconds pass without one (None = for ever).
+        """Transitions as they happen, until ``timeout`` seconds pass without one (None = for ever, 0 = what is there).
 
         ``since``: the id of the last event you saw; "0" = the oldest that is kept; None = only what comes. The last
         10,000 or so are kept.

@@ -1041,6 +1041,7 @@ def test_events_tell_every_transition_in_order(rm: Any) -> None:
     ]
     assert [event.verb for event in rm.events(since=seen[2].id, timeout=0.02)] == ["forget", "submit", "cancel"]
     assert list(rm.events(timeout=0.02)) == []
+    assert list(rm.events(since="0", timeout=0)) == seen
 
 
 def test_events_come_as_they_happen(rm: Any, threads: managers.Threads, redis_client: redis.Redis) -> None:
