@@ -15,6 +15,7 @@ from importlib import resources
 from rqarm.keys import LUA_CONSTANTS, expand_names
 
 _ENTRY = re.compile(r"^-- (KEYS|ARGV) +(\S+) +(\S+) *(.*)$")
+_COMMENT = re.compile(r"--.*")
 _DEFINED = re.compile(r"^local (?:function )?(\w+)(?:, (\w+))?", re.MULTILINE)
 _OUTCOME = re.compile(r"\{'([a-z_]+)'")
 
@@ -70,7 +71,7 @@ def _needed(prelude: str, body: str) -> str:
     defined = [{name for pair in _DEFINED.findall(paragraph) for name in pair if name} for paragraph in paragraphs]
     wanted, text = set[int](), body
     while True:
-        words = set(re.findall(r"\w+", text))
+        words = set(re.findall(r"\w+", _COMMENT.sub("", text)))
         more = {i for i, names in enumerate(defined) if i not in wanted and words.intersection(names)}
         if not more:
             return "".join(paragraphs[i] + "\n\n" for i in sorted(wanted))

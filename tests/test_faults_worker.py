@@ -82,7 +82,7 @@ def test_a_worker_is_killed_its_horse_goes_with_it_and_another_takes_over(team: 
     second = team.hire("rqarm.Worker")
     first.kill()
     if kind == "rqarm.Worker":
-        eventually(lambda: not is_alive(horse), LEASE, "the horse dies with its parent")
+        eventually(lambda: not is_alive(horse), 5, "the horse dies with its parent")
     else:
         os.kill(horse, signal.SIGKILL)  # RQ's goes on, see the next test
     team.let_go("orphan-2")
@@ -106,7 +106,7 @@ def test_who_was_stopped_for_longer_than_its_lease_comes_too_late(team: Crew, wh
     team.let_go("zombie-1")
     if whole:
         os.kill(horse, signal.SIGCONT)
-    eventually(lambda: not is_alive(horse), 10, "the first one ends")
+    eventually(lambda: not is_alive(horse), 15, "the first one ends")
     assert (team.rm.status(key).state, team.rm.status(key).worker) == (State.IN_PROGRESS, second.name)
     team.let_go("zombie-2")
     assert team.rm.result(key, timeout=20) == 2
@@ -125,7 +125,7 @@ def test_a_horse_whose_worker_wakes_too_late_is_killed(team: Crew) -> None:
     second = team.hire()
     team.note("running-late-2")
     first.signal(signal.SIGCONT)
-    eventually(lambda: not is_alive(horse), 5, "its worker kills it")
+    eventually(lambda: not is_alive(horse), 15, "its worker kills it")
     team.let_go("late-2")
     assert team.rm.result(key, timeout=20) == 2
     assert first.lives
@@ -137,7 +137,7 @@ def test_a_worker_that_is_killed_idle_is_missed_by_nobody(team: Crew) -> None:
     first, second = team.hire(), team.hire()
     first.kill()
     keys = [status.key for status in team.rm.submit_many([f"/add/{n}/1" for n in range(10)])]
-    team.settle(*keys, timeout=10)
+    team.settle(*keys, timeout=20)
     assert second.lives
     check(team, *keys)
 
@@ -183,7 +183,7 @@ def test_a_lost_ticket_is_replaced_without_human_help(team: Crew, lose: Callable
     waiting = team.rm.submit("/add/1/2").key
     lose(team, waiting)
     team.let_go("busy")
-    team.settle(running, waiting, timeout=10)
+    team.settle(running, waiting, timeout=20)
     assert worker.lives
     check(team, running, waiting)
 
@@ -208,7 +208,7 @@ def test_everything_is_flushed_and_work_goes_on(own: tuple[embedded.PrivateServe
     horse = int(team.note("running-flushed-1"))
     token = int(team.field(key, "token") or 0)
     team.rm.connection.flushdb()
-    eventually(lambda: not is_alive(horse), 5, "an attempt without a record is stopped")
+    eventually(lambda: not is_alive(horse), 15, "an attempt without a record is stopped")
     assert team.rm.status(key).state is State.UNKNOWN
     team.let_go("flushed-1")
     assert team.rm.get("/turn/flushed", timeout=20) == 1
@@ -329,7 +329,7 @@ def test_a_worker_outlives_a_server_that_refuses(tough: tuple[redis.Redis, Crew]
     team.settle(*keys, timeout=20)
     stopped = team.rm.submit(f"/wait/{name}").key
     team.running(name)
-    eventually(lambda: _obeys(team, stopped), 10, "the worker hears RQ's commands")
+    eventually(lambda: _obeys(team, stopped), 20, "the worker hears RQ's commands")
     print(worker.said())
     assert worker.lives
     assert ends(team) - before == Counter([key, *keys])
@@ -340,7 +340,7 @@ def _is_noticed(worker: WorkerProcess, fault: Any) -> None:
     complaint = re.compile("the server refused|no heartbeat|not renewed|the sweep did not run")
     if fault in (read_only, out_of_memory, busy):
         before = len(complaint.findall(worker.log.read_text()))
-        eventually(lambda: len(complaint.findall(worker.log.read_text())) > before, 10, "the worker is refused")
+        eventually(lambda: len(complaint.findall(worker.log.read_text())) > before, 20, "the worker is refused")
 
 
 def _obeys(team: Crew, key: str) -> bool:

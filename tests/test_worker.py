@@ -106,7 +106,7 @@ def test_a_killed_horse_is_noticed_at_once_and_its_request_runs_again(team: Crew
     key = team.rm.submit("/wait/killed").key
     horse = team.running("killed")
     os.kill(horse, signal.SIGKILL)
-    status = team.reaches(key, State.PENDING, timeout=LEASE)
+    status = team.reaches(key, State.PENDING, timeout=3)
     assert status.error is not None
     assert "killed by SIGKILL" in status.error["message"]
     team.let_go("killed")
@@ -131,7 +131,7 @@ def test_a_horse_killed_by_rqs_command_is_a_crash(team: Crew) -> None:
     key = team.rm.submit("/wait/commanded").key
     team.running("commanded")
     send_kill_horse_command(team.rm.connection, team.workers[0].name)
-    team.reaches(key, State.PENDING, timeout=LEASE)
+    team.reaches(key, State.PENDING, timeout=3)
     team.let_go("commanded")
     assert team.rm.result(key, timeout=20) == "commanded 2"
 
@@ -175,7 +175,7 @@ def test_a_cancelled_request_stops_its_horse(team: Crew) -> None:
     key = team.rm.submit("/wait/cancelled").key
     horse = team.running("cancelled")
     assert team.rm.cancel(key) is True
-    assert timed(lambda: eventually(lambda: not is_alive(horse))) < 2 * LEASE
+    assert timed(lambda: eventually(lambda: not is_alive(horse))) < 5
     assert team.rm.status(key).state is State.CANCELLED
 
 

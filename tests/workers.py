@@ -27,7 +27,7 @@ APP = TESTS / "app.py"
 #: classes of workers as ``rq worker -w`` takes them
 CLASSES = ["rq.worker.Worker", "rq.worker.SimpleWorker", "rq.worker.SpawnWorker", "rqarm.Worker"]
 #: so short that a fault shows its end within seconds
-LEASE = 1.5
+LEASE = 2.0
 #: how long anything may take in which several leases, delays and process starts add up on a busy machine
 PATIENCE = 40.0
 

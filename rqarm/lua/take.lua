@@ -41,7 +41,9 @@ local function next_ticket(list)
     local is_job = redis.call('EXISTS', job_prefix .. job_id) == 1
     if not claim.state and is_job and not is_ours(job_id, key) then return nil end
     redis.call('LPOP', list)
-    redis.call('DEL', job_prefix .. job_id)
+    -- A second ticket of what an RQ worker runs: the job is still that worker's.
+    local is_running = claim.state == 'in_progress' and claim.job_id == job_id
+    if not is_running then redis.call('DEL', job_prefix .. job_id) end
     if claim.state == 'pending' and claim.job_id == job_id then
       begin(key, claim, job_id, exec, worker, lease_ms)
       return key
