@@ -428,12 +428,14 @@ def take(core: Core, queue: str | None, worker: str, timeout: float | None) -> F
         yield core.calls.next_events(taken, ms(left))
 
 
-def start(core: Core, key: Key, job_id: str, worker: str) -> Flow[Attempt | State]:
+def start(core: Core, key: Key, job_id: str, worker: str, execution: str = "") -> Flow[Attempt | State]:
     """Begin the execution that an RQ job asks for; a State when its ticket is superseded.
+
+    ``execution``: made up by who may have to ask again; the same one gets the same attempt.
 
     Raises UnreadableRequest: another version wrote it, and it was handed back.
     """
-    call = core.calls.start(key, job_id, secrets.token_hex(8), worker, ms(core.settings.lease))
+    call = core.calls.start(key, job_id, execution or secrets.token_hex(8), worker, ms(core.settings.lease))
     answer: Attempt | State = yield from _or_hand_back(core, call)
     return answer
 

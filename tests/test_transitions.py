@@ -1351,3 +1351,18 @@ def test_the_last_crash_wakes_who_waits(rig: Rig) -> None:
         rig.reply(call)
         rig.client.publish("arm:done:bell", "")
         assert woken(pubsub) == [(f"arm:done:{REQUEST.key}", "failed")]
+
+
+def test_foreign_data_does_not_stop_the_sweep(rig: Rig) -> None:
+    """Row 61: one bad job hash and one bad record; what is behind them is healed all the same."""
+    bad_job, bad_record, lost = (rig.run(flows.submit(rig.core, f"/{name}")).key for name in ("job", "record", "lost"))
+    for key in (bad_job, lost):
+        rig.client.hset(rig.keys.status(key), "pushed_ms", 1)
+    job_id = rig.client.hget(rig.keys.status(bad_job), "job_id").decode()
+    rig.client.delete(rig.core.jobs.lists(rig.core.settings.queue)[1])
+    rig.client.set(rig.core.jobs.job_prefix + job_id, "not a job")
+    rig.client.delete(rig.keys.status(bad_record))
+    rig.client.set(rig.keys.status(bad_record), "not a record")
+    assert rig.run(flows.sweep(rig.core)) == 2
+    attempts = [rig.run(flows.take(rig.core, None, "w", 0)) for _ in range(2)]
+    assert {attempt.key for attempt in attempts} == {bad_job, lost}

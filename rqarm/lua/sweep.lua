@@ -35,6 +35,15 @@ local function report(list, key, fields, last)
   end
 end
 
+-- What somebody else wrote under one of our names must not stop the healing of all others: a record that cannot be read
+-- counts as gone, a job as lost.
+local function look_at(key, ...)
+  local values, fields = redis.pcall('HMGET', status_name(key), ...), {}
+  if values.err then return fields end
+  for i, name in ipairs({...}) do fields[name] = values[i] end
+  return fields
+end
+
 -- A deadline further away than two leases is clock damage: from now on it is one lease away.
 local function clamp(key, fields)
   local one = tonumber(fields.lease_ms) or lease_ms
@@ -46,7 +55,7 @@ local function clamp(key, fields)
 end
 
 local function check_lease(key)
-  local claim = record(key, 'state', 'uri', 'queue', 'priority', 'crashes', 'lease_until', 'lease_ms')
+  local claim = look_at(key, 'state', 'uri', 'queue', 'priority', 'crashes', 'lease_until', 'lease_ms')
   if claim.state ~= 'in_progress' then
     redis.call('ZREM', leases, key)
   elseif tonumber(claim.lease_until) <= now_ms then
@@ -61,15 +70,15 @@ for rank, list in ipairs(lists) do lengths[rank] = redis.call('LLEN', list) end
 
 local function has_ticket(claim)
   local rank = tonumber(claim.priority) + 1
-  local delivery = redis.call('HGET', job_prefix .. claim.job_id, 'status')
-  if not WAITING[delivery or ''] then return false end
+  local delivery = redis.pcall('HGET', job_prefix .. claim.job_id, 'status')
+  if type(delivery) ~= 'string' or not WAITING[delivery] then return false end
   if lengths[rank] == 0 then return false end
   if lengths[rank] > LOOKED_AT and cursor > 0 then return true end
   return redis.call('LPOS', lists[rank], claim.job_id, 'MAXLEN', LOOKED_AT) or lengths[rank] > LOOKED_AT
 end
 
 local function check_line(key)
-  local claim = record(key, 'state', 'uri', 'queue', 'priority', 'job_id', 'pushed_ms', 'due_ms')
+  local claim = look_at(key, 'state', 'uri', 'queue', 'priority', 'job_id', 'pushed_ms', 'due_ms')
   if claim.state ~= 'pending' then
     redis.call('ZREM', pending_name(queue), key)
     -- What a vanished record added to the load is unknown; with the last of the line it goes at least then.

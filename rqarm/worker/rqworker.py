@@ -12,11 +12,13 @@ import ctypes
 import logging
 import os
 import random
+import secrets
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import rq
@@ -89,6 +91,18 @@ class Worker(rq.Worker):
         """Raises ConfigError: who cannot load the handlers must not take requests from those who can."""
         execution.handlers()
         super().bootstrap(*args, **kwargs)
+
+    def subscribe(self) -> None:
+        """RQ's listening thread must not take the signals that the main thread waits for.
+
+        The kernel prefers the main thread, but not after SIGCONT: then any thread may get the pending alarm, the main
+        thread sleeps on beside its horse, and nobody sees that the lease is lost.
+        """
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM, signal.SIGTERM, signal.SIGINT})
+        try:
+            super().subscribe()  # type: ignore[no-untyped-call]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
     @property
     def dequeue_timeout(self) -> int:
@@ -169,7 +183,9 @@ class Worker(rq.Worker):
             namespace, key = job.args
             manager = execution.manager_for(namespace, self.connection)
             began = time.monotonic()
-            attempt = self._patiently(lambda: manager.shell.run(flows.start(manager.core, Key(key), job.id, self.name)))
+            # one id for all tries: a start whose reply was lost is then not a second one
+            start = partial(flows.start, manager.core, Key(key), job.id, self.name, secrets.token_hex(8))
+            attempt = self._patiently(lambda: manager.shell.run(start()))
         except Exception as error:  # noqa: BLE001 -- one bad job must not end the worker
             # It cannot be read, or the record is not ours. The horse meets the same, and RQ notes that it failed.
             log.warning("%s: not started here: %s: %s", job.id, type(error).__name__, error)
