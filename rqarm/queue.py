@@ -15,15 +15,10 @@ from rqarm.request import BatchRequest
 from rqarm.shell import AsyncShell, Shell, same_docs
 
 
-class Lease:
-    """One execution that is yours until you end it or fall silent for longer than the lease.
+class _Held:
+    """What is known of an execution that is held."""
 
-    As a context manager it fails the request when the block raises, and releases it when the block ends without a word.
-    """
-
-    def __init__(self, core: Core, shell: Shell, attempt: Attempt) -> None:
-        self._core, self._shell, self._attempt = core, shell, attempt
-        self._is_ended = False
+    _attempt: Attempt
 
     @property
     def request(self) -> BatchRequest:
@@ -48,6 +43,17 @@ class Lease:
         """1 for the first."""
         return self._attempt.number
 
+
+class Lease(_Held):
+    """One execution that is yours until you end it or fall silent for longer than the lease.
+
+    As a context manager it fails the request when the block raises, and releases it when the block ends without a word.
+    """
+
+    def __init__(self, core: Core, shell: Shell, attempt: Attempt) -> None:
+        self._core, self._shell, self._attempt = core, shell, attempt
+        self._is_ended = False
+
     def renew(self, fraction: float | None = None, message: str = "") -> None:
         """Keep the lease for another period; with a fraction (0 to 1), note the progress. Raises LeaseLost."""
         progress = None if fraction is None else (fraction, message)
@@ -63,13 +69,13 @@ class Lease:
 
     def fail(self, error: BaseException | str, *, negative_ttl: float | None = None) -> None:
         """End the request without a result; for ``negative_ttl`` seconds the error answers it. Raises LeaseLost."""
-        packed = codec.pack_error("Failed", error, "") if isinstance(error, str) else codec.pack_error(error)
+        packed = _packed("Failed", error)
         self._shell.run(flows.fail(self._core, self._attempt, packed, negative_ttl=negative_ttl))
         self._is_ended = True
 
     def retry(self, error: BaseException | str, *, delay: float = 0.0, **kwargs: Any) -> None:
         """Run the request again after ``delay`` seconds, with changed ``kwargs``. Raises LeaseLost."""
-        packed = codec.pack_error("Retry", error, "") if isinstance(error, str) else codec.pack_error(error)
+        packed = _packed("Retry", error)
         self._shell.run(flows.retry(self._core, self._attempt, packed, delay=delay, kwargs=kwargs or None))
         self._is_ended = True
 
@@ -109,36 +115,20 @@ class Queues:
         return self._shell.run(flows.sweep(self._core, queue))
 
 
+def _packed(name: str, error: BaseException | str) -> bytes:
+    return codec.pack_error(name, error, "") if isinstance(error, str) else codec.pack_error(error)
+
+
 def taker() -> str:
     """The name under which this thread takes work."""
     return f"{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}"
 
 
 @same_docs(Lease)
-class AsyncLease:
+class AsyncLease(_Held):
     def __init__(self, core: Core, shell: AsyncShell, attempt: Attempt) -> None:
         self._core, self._shell, self._attempt = core, shell, attempt
         self._is_ended = False
-
-    @property
-    def request(self) -> BatchRequest:
-        return self._attempt.request
-
-    @property
-    def key(self) -> Key:
-        return self._attempt.key
-
-    @property
-    def token(self) -> Token:
-        return self._attempt.token
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        return self._attempt.kwargs
-
-    @property
-    def attempt(self) -> int:
-        return self._attempt.number
 
     async def renew(self, fraction: float | None = None, message: str = "") -> None:
         progress = None if fraction is None else (fraction, message)
@@ -149,12 +139,12 @@ class AsyncLease:
         self._is_ended = True
 
     async def fail(self, error: BaseException | str, *, negative_ttl: float | None = None) -> None:
-        packed = codec.pack_error("Failed", error, "") if isinstance(error, str) else codec.pack_error(error)
+        packed = _packed("Failed", error)
         await self._shell.run(flows.fail(self._core, self._attempt, packed, negative_ttl=negative_ttl))
         self._is_ended = True
 
     async def retry(self, error: BaseException | str, *, delay: float = 0.0, **kwargs: Any) -> None:
-        packed = codec.pack_error("Retry", error, "") if isinstance(error, str) else codec.pack_error(error)
+        packed = _packed("Retry", error)
         await self._shell.run(flows.retry(self._core, self._attempt, packed, delay=delay, kwargs=kwargs or None))
         self._is_ended = True
 

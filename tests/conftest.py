@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import managers
 import pytest
 import redis
 import servers
@@ -32,3 +34,15 @@ def redis_client(server: embedded.PrivateServer) -> Iterator[redis.Redis]:
     with connect.open_client(server.url) as client:
         client.flushall()
         yield client
+
+
+@pytest.fixture(params=managers.KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """The blocking and the asyncio manager: what is promised of one is promised of both."""
+    return str(request.param)
+
+
+@pytest.fixture
+def rm(kind: str, url: str, redis_client: redis.Redis) -> Iterator[Any]:
+    with managers.opened(kind, url) as manager:
+        yield manager

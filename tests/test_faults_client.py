@@ -53,17 +53,6 @@ NEW, JOINED, HIT = Outcome.NEW, Outcome.JOINED, Outcome.HIT
 MODES = ("before", "after", "mid")
 
 
-@pytest.fixture(params=managers.KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def rm(kind: str, url: str, redis_client: redis.Redis) -> Iterator[Any]:
-    with managers.opened(kind, url) as manager:
-        yield manager
-
-
 @pytest.fixture
 def proxy(server: embedded.PrivateServer, redis_client: redis.Redis) -> Iterator[FaultProxy]:
     with short_directory() as directory, FaultProxy(server.socket, directory / "proxy.sock") as started:

@@ -50,17 +50,6 @@ NEW, JOINED, HIT = Outcome.NEW, Outcome.JOINED, Outcome.HIT
 LARGE = bytes((i * i * 31 + (i >> 8) * 17 + (i >> 3)) & 0xFF for i in range(1000)) * 3000
 
 
-@pytest.fixture(params=managers.KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def rm(kind: str, url: str, redis_client: redis.Redis) -> Iterator[Any]:
-    with managers.opened(kind, url) as manager:
-        yield manager
-
-
 @pytest.fixture
 def opened(kind: str, url: str, redis_client: redis.Redis) -> Callable[..., Any]:
     """A manager with settings of its own."""

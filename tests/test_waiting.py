@@ -45,17 +45,6 @@ KEY = BatchRequest(URI).key
 NEVER = 3600.0
 
 
-@pytest.fixture(params=managers.KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def rm(kind: str, url: str, redis_client: redis.Redis) -> Iterator[Any]:
-    with managers.opened(kind, url) as manager:
-        yield manager
-
-
 @pytest.fixture
 def threads() -> Iterator[managers.Threads]:
     with managers.threads() as started:
