@@ -12,7 +12,8 @@
 -- ARGV worker    str    name of the worker
 -- ARGV lease_ms  int    how long a silent worker keeps it
 --
--- Returns {'started', token, attempt, request, kwargs, retries, crashes, queue, priority} | {'superseded', state} | {'unknown'}
+-- Returns {'started', token, attempt, request, kwargs, retries, crashes, queue, priority}
+-- Returns {'superseded', state} | {'unknown'}
 
 local status = KEYS[1]
 local key, job_id, exec, worker, lease_ms = ARGV[2], ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6])

@@ -25,8 +25,8 @@
 -- ARGV max_attempts     int    crashes after which a request is set aside
 -- ARGV again            0|1    run again whatever is cached
 --
--- Returns {'new', record, fresh} | {'joined', record} | {'hit', record, result} | {'negative', record} | {'refused', record,
--- pending} | {'conflict', uri} | {'corrupt', state}
+-- Returns {'new', record, fresh} | {'joined', record} | {'hit', record, result} | {'negative', record}
+-- Returns {'refused', record, pending} | {'conflict', uri} | {'corrupt', state}
 -- Returns also: result is owner, envelope and bytes; fresh is submitted_ms and est_ms of a claim made now, whose record
 -- the caller knows: it is ''.
 

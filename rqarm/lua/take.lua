@@ -11,7 +11,8 @@
 -- ARGV job_prefix  str   of RQ's job hashes
 -- ARGV lists       str   RQ's lists: high, default, low, to the end
 --
--- Returns {'started', key, token, attempt, request, kwargs, retries, crashes, queue, priority} | {'empty', last_event}
+-- Returns {'started', key, token, attempt, request, kwargs, retries, crashes, queue, priority}
+-- Returns {'empty', last_event}
 
 local pending = KEYS[1]
 local prefix, exec, worker, lease_ms, job_prefix = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
