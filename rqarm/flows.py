@@ -318,13 +318,13 @@ def as_completed(core: Core, keys: Iterable[str], timeout: float | None) -> Flow
     wanted = [check_key(key) for key in keys]
     known: dict[Key, BatchStatus] = {}
     left = set(wanted)
-    for step in _steps(_settle(core, wanted, timeout, known)):
+    for step in steps(_settle(core, wanted, timeout, known)):
         if isinstance(step.value, Emit):
             found = step.value.item
             left.discard(found.status.key)
             yield Emit(found.status)
         else:
-            yield from _answered(step)
+            yield from answered(step, _driver(step.value))
     for key in wanted:
         if key in left:
             raise WaitTimeout(key, known[key].state, timeout or 0.0)
@@ -373,39 +373,46 @@ def _settle(
 
 
 @dataclass(slots=True)
-class _StepOf:
+class Asked:
+    """A step of another flow: set ``answer`` or ``failure`` before asking for the next."""
+
     value: Step
     answer: Any = None
     failure: Exception | None = None
 
 
-def _steps(flow: Flow[Any]) -> Iterator[_StepOf]:
-    """A flow as a plain iterator: set ``answer`` or ``failure`` of a step before asking for the next."""
-    step = _StepOf(Emit(None))
+def steps(flow: Flow[Any]) -> Iterator[Asked]:
+    """A flow as a plain iterator of its steps; what it returns is dropped."""
+    step = Asked(Emit(None))
     while True:
         try:
-            step = _StepOf(flow.send(step.answer) if step.failure is None else flow.throw(step.failure))
+            step = Asked(flow.send(step.answer) if step.failure is None else flow.throw(step.failure))
         except StopIteration:
             return
         yield step
 
 
-def _answered(step: _StepOf) -> Flow[None]:
-    """Ask the driver; its error belongs to the flow that wanted the step."""
+def answered(step: Asked, asked: Flow[Any]) -> Flow[None]:
+    """Ask for the answer to a step; an error belongs to the flow that wanted the step."""
     try:
-        step.answer = yield step.value
+        step.answer = yield from asked
     except Exception as failure:  # noqa: BLE001 -- raised again inside that flow
         step.failure = failure
+
+
+def _driver(step: Step) -> Flow[Any]:
+    """Whoever drives this flow answers the step."""
+    return (yield step)
 
 
 def _collect(flow: Flow[Any]) -> Flow[list[Any]]:
     """What the flow emits, as a list; every other step goes on to the driver."""
     items = []
-    for step in _steps(flow):
+    for step in steps(flow):
         if isinstance(step.value, Emit):
             items.append(step.value.item)
         else:
-            yield from _answered(step)
+            yield from answered(step, _driver(step.value))
     return items
 
 

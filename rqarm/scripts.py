@@ -43,7 +43,7 @@ def script(name: str) -> Script:
     flags = [line.removeprefix("-- FLAGS ").strip() for line in header if line.startswith("-- FLAGS ")]
     returns = " ".join(line for line in header if "{'" in line)
     before, mark, after = body.rpartition("-- PRELUDE\n")
-    plain = expand_names(LUA_CONSTANTS + before + _needed(_read("prelude"), after) + mark + after)
+    plain = expand_names(LUA_CONSTANTS + _with_prelude(_read("prelude").split("\n\n"), [before, mark + after]))
     text = f"#!lua flags={flags[0]}\n{plain}" if flags else plain
     return Script(
         name=name,
@@ -65,16 +65,25 @@ def all_scripts() -> tuple[Script, ...]:
     return tuple(script(name) for name in names if name != "prelude")
 
 
-def _needed(prelude: str, body: str) -> str:
-    """The paragraphs of the prelude whose names the body uses, or that these use in turn, in their order."""
-    paragraphs = prelude.split("\n\n")
+def _with_prelude(paragraphs: list[str], parts: list[str]) -> str:
+    """The parts of a script, each behind the paragraphs of the prelude that it is the first to need."""
+    text, given = "", set[int]()
+    for part in parts:
+        wanted = _needed(paragraphs, part) - given
+        text += "".join(paragraphs[i] + "\n\n" for i in sorted(wanted)) + part
+        given |= wanted
+    return text
+
+
+def _needed(paragraphs: list[str], part: str) -> set[int]:
+    """The paragraphs whose names the part uses, or that these use in turn."""
     defined = [{name for pair in _DEFINED.findall(paragraph) for name in pair if name} for paragraph in paragraphs]
-    wanted, text = set[int](), body
+    wanted, text = set[int](), part
     while True:
         words = set(re.findall(r"\w+", _COMMENT.sub("", text)))
         more = {i for i, names in enumerate(defined) if i not in wanted and words.intersection(names)}
         if not more:
-            return "".join(paragraphs[i] + "\n\n" for i in sorted(wanted))
+            return wanted
         wanted |= more
         text = "\n".join(paragraphs[i] for i in more)
 

@@ -89,7 +89,7 @@ MUTANTS = [
     Mutant(
         "submit-joins-a-lapsed-lease",
         "lua/submit.lua",
-        "is_live = tonumber(claim.lease_until) > clock[1] * 1000 + clock[2] / 1000",
+        "is_live = tonumber(claim.lease_until) > time[1] * 1000 + time[2] / 1000",
         "is_live = true",
     ),
     Mutant(

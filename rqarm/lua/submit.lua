@@ -57,16 +57,16 @@ local is_live = false
 if state == 'pending' then
   is_live = DELIVERED[redis.call('HGET', job_prefix .. claim.job_id, 'status') or '']
 elseif state == 'in_progress' then
-  local clock = redis.call('TIME')
-  is_live = tonumber(claim.lease_until) > clock[1] * 1000 + clock[2] / 1000
+  local time = redis.call('TIME')
+  is_live = tonumber(claim.lease_until) > time[1] * 1000 + time[2] / 1000
 end
 
--- A plain hit and a plain join, which most submits are, are answered before anything else is even defined: a script
--- makes its functions anew at every run, and these cost more than the answer.
+-- A plain hit and a plain join, which most submits are, are answered before the rest is even defined: a script makes its
+-- functions anew at every run, and these cost more than the answer.
 local adds_nothing = claim.uri == uri and payload_id == '' and tonumber(sticky) <= tonumber(claim.sticky or 0)
 local stored
 if adds_nothing and state == 'completed' and again == '0' and ttl_ms == 0 then
-  stored = redis.call('HMGET', result_name(key), 'owner', 'envelope', 'bytes')
+  stored = stored_result(key)
   adds_nothing = stored[1]
 elseif adds_nothing and is_live and claim.job_id ~= job_id then
   adds_nothing = ttl_ms <= tonumber(claim.ttl_ms) and fallback_ttl_ms <= tonumber(claim.fallback_ttl_ms)
@@ -76,9 +76,8 @@ else
 end
 if adds_nothing then
   local outcome = stored and 'hit' or 'joined'
-  redis.pcall('HINCRBY', stats_name('submissions'), outcome, 1)
-  for i = 1, #RECORD_FIELDS do values[i] = values[i] and #values[i] .. ':' .. values[i] or '-' end
-  return {outcome, table.concat(values, '', 1, #RECORD_FIELDS), stored}
+  count('submissions', outcome)
+  return {outcome, packed_record(values), stored}
 end
 
 -- PRELUDE

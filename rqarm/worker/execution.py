@@ -299,28 +299,17 @@ class Execution:
     def _do(self, flow: flows.Flow[T]) -> T:
         return self.manager.shell.run(flow)
 
-    def _insist(self, flow: flows.Flow[T]) -> T:
+    def _insist(self, flow: flows.Flow[None]) -> None:
         """Run a flow that ends the attempt, however often the server refuses, as long as the attempt may be ours.
 
         The work is done and only its end is missing: READONLY, OOM, BUSY and the like must not undo it. Saying it
         again is safe, each step carries the token. Raises LeaseLost when a lease has passed in vain.
         """
-        return self._do(self._insisting(flow))
+        self._do(self._insisting(flow))
 
-    def _insisting(self, flow: flows.Flow[T]) -> flows.Flow[T]:
-        answer: Any = None
-        failure: Exception | None = None
-        while True:
-            try:
-                step = flow.send(answer) if failure is None else flow.throw(failure)
-            except StopIteration as end:
-                value: T = end.value
-                return value
-            answer = failure = None
-            try:
-                answer = yield from self._until_heard(step)
-            except Exception as error:  # noqa: BLE001 -- it belongs to the flow, which may have to tidy up
-                failure = error
+    def _insisting(self, flow: flows.Flow[None]) -> flows.Flow[None]:
+        for step in flows.steps(flow):
+            yield from flows.answered(step, self._until_heard(step.value))
 
     def _until_heard(self, step: flows.Step) -> flows.Flow[Any]:
         deadline = time.monotonic() + self.core.settings.lease
