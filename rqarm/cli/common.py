@@ -11,11 +11,9 @@ import datetime
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import traceback
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,6 +27,8 @@ from rqarm.errors import ConfigError, InvalidRequest, ResultNotReady, RqarmError
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, Key, State
 from rqarm.request import BatchRequest
+from rqarm.text import SUSPECT, is_unsafe
+from rqarm.text import plain as plain
 from rqarm.uri import check_key, redact
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -187,31 +187,14 @@ def exit_code_of(status: BatchStatus) -> int:
 # -- printing
 
 
-def plain(text: str, keep: str = "") -> str:
-    """Text of others made harmless for a terminal: what would move its cursor, turn or hide text is written out."""
-    return _SUSPECT.sub(lambda match: match[0] if match[0] in keep else _written_out(match[0]), text)
-
-
-_SUSPECT = re.compile(r"[^\x20-\x7e]")
-
-
-def _is_unsafe(char: str) -> bool:
-    # joiners are format characters too, but scripts and emoji need them
-    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in "\u200c\u200d"
-
-
-def _written_out(char: str) -> str:
-    return char.encode("unicode_escape", "surrogatepass").decode("ascii") if _is_unsafe(char) else char
-
-
 def json_text(document: Any, indent: int | None = 2) -> str:
     """JSON of anything rqarm can store. What JSON lacks is written as ``jsonable`` says."""
     text = json.dumps(jsonable(document), indent=indent, ensure_ascii=not _speaks_utf8(), allow_nan=False)
-    return _SUSPECT.sub(lambda match: _json_escape(match[0]), text)
+    return SUSPECT.sub(lambda match: _json_escape(match[0]), text)
 
 
 def _json_escape(char: str) -> str:
-    if char == "\n" or not _is_unsafe(char):  # line breaks here are those of the indentation
+    if char == "\n" or not is_unsafe(char):  # line breaks here are those of the indentation
         return char
     units = char.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))

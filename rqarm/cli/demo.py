@@ -261,7 +261,7 @@ class Team:
 def clear(rm: RequestManager) -> None:
     """Drop the keys of the namespace, and the RQ jobs that its records name. Nobody else's keys are touched."""
     connection, keys = rm.connection, Keys(NAME)
-    anything = dict.fromkeys(("key", "owner", "n", "queue", "family"), "*")
+    anything = dict.fromkeys(("key", "owner", "n", "queue", "family", "limit"), "*")
     patterns = [keys.named(pattern, **anything) for pattern in PATTERNS]
     names = [name.decode(errors="replace") for name in connection.scan_iter(f"{NAME}:*", count=1000)]
     ours = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
@@ -333,7 +333,8 @@ def run(rm: RequestManager, team: Team, submissions: list[list[list[str]]]) -> T
             # waits a moment for the next event, so this is also the rhythm of the loop
             for event in rm.events(since=seen, timeout=0.1):
                 seen = event.id
-                tally.executions[event.key] += event.verb == "start"
+                # a worker that takes one ahead and hands it back has not run it
+                tally.executions[event.key] += (event.verb == "start") - (event.verb == "release")
             while not reports.empty():
                 tally.note(**reports.get())
             if is_live:
