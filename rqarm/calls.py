@@ -17,7 +17,7 @@ from rqarm import codec
 from rqarm.codec import Envelope
 from rqarm.config import Settings
 from rqarm.errors import CorruptResult, ForeignData, InvalidRequest, KeyConflict, LeaseLost, RqarmError, VersionSkew
-from rqarm.keys import RECORD_FIELDS, Keys
+from rqarm.keys import RECORD_FIELDS, URI_FIELDS, Keys
 from rqarm.model import BatchStatus, Key, Outcome, Priority, State, Token
 from rqarm.request import BatchRequest
 from rqarm.request import unpack as unpack_request
@@ -26,8 +26,6 @@ from rqarm.uri import Canonical
 
 T = TypeVar("T")
 
-#: seconds between a crash and the next attempt, by number of crashes so far. Source: shared/faults.md, rule 9.
-CRASH_DELAYS = (1.0, 5.0, 25.0)
 #: quarantined requests kept at the most; the oldest go first
 QUARANTINE_KEPT = 10_000
 #: requests that one step of the sweep, clear or browse looks at
@@ -55,9 +53,13 @@ class Command(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Batch(Generic[T]):
-    """Several calls in one round trip; the answer is the list of theirs."""
+    """Several calls in one round trip; the answer is the list of theirs.
+
+    ``settles``: an error of one stands in the list, and the others' answers are not lost for it.
+    """
 
     steps: tuple[Call[T] | Command[T], ...]
+    settles: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +74,18 @@ class Ticket:
     data: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class ParkingTicket(Ticket):
+    """A ticket for later. ``recall``: the commands that queue the same job at the front before its time."""
+
+    recall: str
+
+
 class Delivery(Protocol):
     """What the calls must know of RQ's names. rqarm.rqjobs implements it."""
 
     job_prefix: str
+    suspended: str
 
     def lists(self, queue: str) -> tuple[str, str, str]: ...
 
@@ -118,6 +128,25 @@ class Attempt:
     crashes: int
     queue: str
     priority: Priority
+    #: seconds that it waited in line; the ticket that was started
+    waited: float = 0.0
+    job_id: str = ""
+    #: RQ's job of the ticket lies there still, and ends with the attempt: no RQ worker is at it
+    owns_job: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a taker got: an attempt and the RQ list it came from ("" = it had it before); or why it got none.
+
+    ``reason``: ``empty``, ``foreign`` (a job of others is next, in ``list``) or ``suspended``. ``last_event`` comes
+    with ``empty``: where the events stood.
+    """
+
+    attempt: Attempt | None
+    reason: str = ""
+    list: str = ""
+    last_event: str = ""
 
 
 class UnreadableRequest(VersionSkew):
@@ -201,7 +230,7 @@ class Calls:
         key, settings = identity.key, self.settings
         argv = (
             identity.text,
-            request.pack(),
+            request.pack_beside(identity.text),
             ticket.job_id,
             ticket.commands,
             ticket.data,
@@ -265,9 +294,10 @@ class Calls:
         """The request itself, as it was submitted, or None."""
 
         def parse(reply: Any) -> BatchRequest | None:
-            return None if reply is None else unpack_request(reply)
+            packed, *uri = reply
+            return None if packed is None else unpack_request(packed, _joined(uri))
 
-        return Command(("HGET", self.keys.status(key), "request"), parse)
+        return Command(("HMGET", self.keys.status(key), "request", *URI_FIELDS), parse)
 
     def cancel(self, key: Key) -> Call[tuple[str, State]]:
         """``cancelled`` | ``ended`` | ``unknown``, with the state before."""
@@ -284,7 +314,7 @@ class Calls:
         key = identity.key
         argv = (
             identity.text,
-            request.pack(),
+            request.pack_beside(identity.text),
             owner,
             request.queue or self.settings.queue,
             int(request.sticky),
@@ -317,15 +347,38 @@ class Calls:
 
         return self._call("start", key, (job_id, execution, worker, lease_ms), parse)
 
-    def take(self, queue: str, execution: str, worker: str, lease_ms: int) -> Call[Attempt | str]:
-        """Pop and start the next request of a queue; or, when there is none, the id of the newest event."""
+    def take(
+        self, lists: Sequence[str], execution: str, taker: str, worker: str, lease_ms: int, *, for_rq: bool = False
+    ) -> Call[Taken]:
+        """Pop and start the next request of RQ's lists, in their order.
 
-        def parse(reply: Any) -> Attempt | str:
+        ``taker`` asks one at a time; the same ``execution`` again gets the same attempt. ``for_rq``: the taker is an RQ
+        worker, for which a job of others in front of a list is the next one, and which can be suspended.
+
+        Raises UnreadableRequest.
+        """
+
+        def parse(reply: Any) -> Taken:
             word, *rest = _words("take", reply)
-            return _attempt(Key(_text(rest[0])), rest[1:]) if word == "started" else _text(rest[0])
+            if word == "started":
+                attempt = _attempt(Key(_text(rest[0])), rest[2:], owns_job=for_rq)
+                return Taken(attempt, list=_text(rest[1]))
+            if word == "empty":
+                return Taken(None, word, last_event=_text(rest[0]))
+            return Taken(None, word, list=_text(rest[0]) if rest else "")
 
-        argv = (execution, worker, lease_ms, self.delivery.job_prefix, *self.delivery.lists(queue))
-        return self._index_call("take", self.keys.named("pending", queue=queue), argv, parse)
+        suspended = self.delivery.suspended if for_rq else ""
+        argv = (execution, taker, worker, lease_ms, self.delivery.job_prefix, suspended, *lists)
+        return self._index_call("take", self.keys.named("leases"), argv, parse)
+
+    def admit(
+        self, attempt: Attempt, limit: str, max_running: int, ticket: ParkingTicket, *, delay_ms: int
+    ) -> Call[bool]:
+        """True: the attempt has one of the limit's places. False: it was handed back and waits. Raises LeaseLost."""
+        waits = (ticket.job_id, ticket.commands, ticket.data, ticket.recall, delay_ms)
+        word = _held_word("admit", attempt.key)
+        argv = (attempt.token, limit, max_running, *waits)
+        return self._call("admit", attempt.key, argv, lambda reply: word(reply) == "admitted")
 
     def renew(self, attempt: Attempt, lease_ms: int, progress: bytes = b"") -> Call[int]:
         """Keep an attempt ours for another ``lease_ms``; the new deadline in Unix ms on the server's clock.
@@ -349,7 +402,8 @@ class Calls:
                 raise _torn(attempt.key, rest[0])
             return str(word)
 
-        argv = (attempt.token, int(sticky), ttl_ms, attempt.request.family, *_envelope_argv(envelope, inline))
+        job = self._own_job(attempt)
+        argv = (attempt.token, int(sticky), ttl_ms, attempt.request.family, job, *_envelope_argv(envelope, inline))
         return self._call("complete", attempt.key, argv, parse)
 
     def fail(self, attempt: Attempt, error: bytes, *, failure_ttl_ms: int, negative_ms: int) -> Call[str]:
@@ -359,13 +413,27 @@ class Calls:
 
     def retry(self, attempt: Attempt, ticket: Ticket, *, delay_ms: int, kwargs: bytes, error: bytes) -> Call[str]:
         """``retried`` | ``already``. Raises LeaseLost."""
-        argv = (attempt.token, ticket.job_id, ticket.commands, ticket.data, delay_ms, kwargs, error)
+        job = self._own_job(attempt)
+        argv = (attempt.token, ticket.job_id, ticket.commands, ticket.data, delay_ms, kwargs, error, job)
         return self._call("retry", attempt.key, argv, _held_word("retry", attempt.key))
 
     def release(self, attempt: Attempt, ticket: Ticket) -> Call[str]:
         """``released`` | ``already``. Raises LeaseLost."""
-        argv = (attempt.token, ticket.job_id, ticket.commands, ticket.data)
+        argv = (attempt.token, ticket.job_id, ticket.commands, ticket.data, self._own_job(attempt))
         return self._call("release", attempt.key, argv, _held_word("release", attempt.key))
+
+    def ticket(self, key: Key) -> Command[tuple[str, str]]:
+        """The state of a request and the id of its RQ job; "" for what is not there."""
+        argv = ("HMGET", self.keys.status(key), "state", "job_id")
+        return Command(argv, lambda reply: (_text(reply[0] or b""), _text(reply[1] or b"")))
+
+    def drop_job(self, attempt: Attempt) -> Command[int]:
+        """Delete the RQ job of an attempt."""
+        return Command(("UNLINK", self.delivery.job_prefix + attempt.job_id), int)
+
+    def _own_job(self, attempt: Attempt) -> str:
+        """RQ's job that ends with the attempt; "" = an RQ worker is at it and ends it."""
+        return self.delivery.job_prefix + attempt.job_id if attempt.owns_job else ""
 
     # -- healing
 
@@ -572,27 +640,34 @@ def _envelope(packed: bytes) -> Envelope:
     return Envelope.from_fields({name: value for name, _, value in lines})
 
 
-def _attempt(key: Key, values: list[Any]) -> Attempt:
-    token, number, packed, kwargs, retries, crashes, queue, priority = values
-    attempt = Attempt(
-        key,
-        Token(int(token)),
-        int(number),
-        _NO_REQUEST,
-        {},
-        int(retries or 0),
-        int(crashes or 0),
-        _text(queue),
-        Priority(int(priority)),
-    )
+def _attempt(key: Key, values: list[Any], *, owns_job: bool = False) -> Attempt:
+    token, number, packed, kwargs, retries, crashes, queue, priority, job_id, pushed_ms, started_ms, *uri = values
+    waited = max(0, int(started_ms) - int(pushed_ms or started_ms)) / 1000
+
+    def attempt(request: BatchRequest, arguments: dict[str, Any]) -> Attempt:
+        return Attempt(
+            key,
+            Token(int(token)),
+            int(number),
+            request,
+            arguments,
+            int(retries or 0),
+            int(crashes or 0),
+            _text(queue),
+            Priority(int(priority)),
+            waited,
+            _text(job_id),
+            owns_job,
+        )
+
     try:
-        return replace(attempt, request=unpack_request(packed or b""), kwargs=codec.unpack(kwargs) if kwargs else {})
+        return attempt(unpack_request(packed or b"", _joined(uri)), codec.unpack(kwargs) if kwargs else {})
     except (VersionSkew, InvalidRequest, CorruptResult) as reason:
-        raise UnreadableRequest(attempt, reason) from reason
+        raise UnreadableRequest(attempt(NO_REQUEST, {}), reason) from reason
 
 
 #: stands in for a request that cannot be read
-_NO_REQUEST = BatchRequest("", operation="unreadable")
+NO_REQUEST = BatchRequest("", operation="unreadable")
 
 
 def _fields(packed: bytes) -> dict[str, bytes | None]:
@@ -617,7 +692,7 @@ def _status(key: Key, packed: bytes, outcome: Outcome | None = None, value: Any 
         key=key,
         state=_state(key, field["state"]) if field["state"] else State.UNKNOWN,
         outcome=outcome,
-        uri=_text(field["uri"] or b"").split("\n", 2)[-1],
+        uri=_text(_joined([field[name] for name in URI_FIELDS])).split("\n", 2)[-1],
         sticky=field["sticky"] == b"1",
         submitted=_time(field["submitted_ms"]),
         started=_time(field["started_ms"]),
@@ -646,6 +721,10 @@ def _new_status(key: Key, request: BatchRequest, identity: Canonical, queue: str
         estimated_time=est_ms / 1000 if est_ms else None,
         queue=queue,
     )
+
+
+def _joined(pieces: Iterable[bytes | None]) -> bytes:
+    return b"".join(piece or b"" for piece in pieces)
 
 
 def _state(key: Key, word: Any) -> State:

@@ -5,6 +5,7 @@ Durations are seconds here and everywhere in Python; the calls turn them into mi
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -31,8 +32,12 @@ class Settings:
     negative_ttl: float = 0.0
     #: how long a silent worker keeps an execution
     lease: float = 15.0
+    #: how often a worker renews its leases; 0 = a third of the lease
+    renewal: float = 0.0
     #: crashes of its worker after which a request is quarantined
     max_attempts: int = 3
+    #: pause between a crash and the next attempt, by number of crashes; the last one stays. Source: shared/faults.md, 9
+    crash_delays: tuple[float, ...] = (1.0, 5.0, 25.0)
     #: run-time limit when the route gives none
     timeout: float = 3_600.0
     #: pending requests per queue above which a submit is refused; 0 = no limit
@@ -49,6 +54,14 @@ class Settings:
     ignore_params: tuple[str, ...] = ()
     #: query parameters whose values never appear in descriptions and logs (fnmatch patterns)
     secret_params: tuple[str, ...] = ("*token*", "*secret*", "*password*", "*passwd*", "*api_key*", "*apikey*", "sig*")
+    #: requests that one worker process runs at a time
+    concurrency: int = 1
+    #: requests after which a worker replaces the process that runs them; 0 = never
+    max_jobs_per_horse: int = 10_000
+    #: resident memory in MiB above which that process is replaced, after the request in hand; 0 = no limit
+    max_horse_memory: int = 0
+    #: how long a worker that is told to stop lets running requests finish; then it hands them back
+    shutdown_timeout: float = 25.0
     #: accept a server that forgets everything when it restarts
     allow_volatile: bool = False
 
@@ -59,19 +72,38 @@ class Settings:
             "lease",
             "timeout",
             "max_attempts",
+            "concurrency",
             "inline_bytes",
             "chunk_bytes",
             "max_result_bytes",
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)!r}")
-        for name in ("negative_ttl", "max_pending", "compress_above"):
+        for name in (
+            "negative_ttl",
+            "max_pending",
+            "compress_above",
+            "renewal",
+            "max_jobs_per_horse",
+            "max_horse_memory",
+            "shutdown_timeout",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
+        if self.renewal > self.lease / 2:
+            raise ConfigError(f"renewal ({self.renewal:g} s) must be at most half the lease ({self.lease:g} s)")
+        if not self.crash_delays or not all(0 <= delay < math.inf for delay in self.crash_delays):
+            raise ConfigError(f"crash_delays must be one or more numbers of 0 or more, not {self.crash_delays!r}")
         for name in ("namespace", "queue"):
             text = getattr(self, name)
-            if not text or not text.isascii() or not text.isprintable() or set(text) & set(" :{}*?[]"):
-                raise ConfigError(f"{name} must be printable ASCII without spaces and :{{}}*?[], not {text!r}")
+            if not 1 <= len(text) <= 200 or not text.isascii() or not text.isprintable() or set(text) & set(" :{}*?[]"):
+                rule = "1 to 200 printable ASCII characters without spaces and :{}*?[]"
+                raise ConfigError(f"{name} must be {rule}, not {text!r}")
+
+    @property
+    def renewal_or_default(self) -> float:
+        """Seconds between renewals of a lease."""
+        return self.renewal or self.lease / 3
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None, **arguments: Any) -> Settings:
@@ -100,8 +132,10 @@ def _parse(variable: str, text: str, default: Any) -> Any:
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
         if isinstance(default, int | float):
             return type(default)(text)
+        if isinstance(default, tuple):
+            parts = tuple(part.strip() for part in text.split(",") if part.strip())
+            return tuple(map(float, parts)) if default and isinstance(default[0], float) else parts
     except (ValueError, KeyError):
-        raise ConfigError(f"{variable}={text!r} is not a {type(default).__name__}") from None
-    if isinstance(default, tuple):
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        kind = "list of numbers" if isinstance(default, tuple) else type(default).__name__
+        raise ConfigError(f"{variable}={text!r} is not a {kind}") from None
     return text

@@ -18,7 +18,6 @@ from typing import Any, Protocol, TypeVar
 
 from rqarm import codec
 from rqarm.calls import (
-    CRASH_DELAYS,
     LAPSED,
     Attempt,
     Batch,
@@ -28,9 +27,11 @@ from rqarm.calls import (
     Found,
     Overdue,
     Page,
+    ParkingTicket,
     Stats,
     Stored,
     Swept,
+    Taken,
     Ticket,
     UnreadableRequest,
     ms,
@@ -55,17 +56,26 @@ T = TypeVar("T")
 
 #: seconds after which a waiter reads the record again, woken or not: a lost wake-up costs this at the most
 RECHECK = 5.0
+#: seconds that a waiter trusts that nothing has happened to a request that was new a moment ago
+FRESH = 0.005
 #: seconds until a request that this version cannot read is offered again
 UNREADABLE_DELAY = 5.0
+#: seconds until RQ's scheduler offers a parked request again. It is called up long before; this is for the case that
+#: the place was lost with its holder's record and nobody sweeps.
+PARK_DELAY = 600.0
 #: pieces of a large result that one round trip fetches
 PIECES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """From now to the end of the flow: hear of these keys. Answered when the subscription stands."""
+    """From now to the end of the flow: hear of these keys. Answered when the subscription stands.
+
+    ``is_sure`` = False: answered at once, and what happens until the subscription stands may not be heard.
+    """
 
     keys: tuple[Key, ...]
+    is_sure: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +100,7 @@ class Jobs(Protocol):
     """Who records RQ jobs. rqarm.rqjobs implements it."""
 
     job_prefix: str
+    suspended: str
 
     def lists(self, queue: str) -> tuple[str, str, str]: ...
 
@@ -100,6 +111,8 @@ class Jobs(Protocol):
     def enqueue_at_front(self, key: Key, description: str, queue: str, priority: Priority) -> Ticket: ...
 
     def schedule(self, key: Key, description: str, queue: str, priority: Priority, delay: float) -> Ticket: ...
+
+    def park(self, key: Key, description: str, queue: str, priority: Priority, delay: float) -> ParkingTicket: ...
 
 
 @dataclass(frozen=True)
@@ -229,7 +242,7 @@ def get(core: Core, request: BatchRequest | str, timeout: float | None = None) -
     _, answer = yield from get_or_submit(core, request, None, value_only=True)
     if not isinstance(answer, BatchStatus):
         return answer
-    found = yield from _wait_for(core, answer.key, timeout)
+    found = yield from _wait_for(core, answer.key, timeout, is_fresh=answer.outcome is Outcome.NEW)
     return (yield from _value(core, found))
 
 
@@ -330,9 +343,10 @@ def as_completed(core: Core, keys: Iterable[str], timeout: float | None) -> Flow
             raise WaitTimeout(key, known[key].state, timeout or 0.0)
 
 
-def _wait_for(core: Core, key: Key, timeout: float | None) -> Flow[Found]:
+def _wait_for(core: Core, key: Key, timeout: float | None, *, is_fresh: bool = False) -> Flow[Found]:
     known: dict[Key, BatchStatus] = {}
-    ended = yield from _collect(_settle(core, [key], timeout, known, with_value=True))
+    settling = _settle(core, [key], timeout, known, with_value=True, is_fresh=is_fresh)
+    ended = yield from _collect(settling)
     if not ended:
         raise WaitTimeout(key, known[key].state, timeout or 0.0)
     found: Found = ended[0]
@@ -342,7 +356,13 @@ def _wait_for(core: Core, key: Key, timeout: float | None) -> Flow[Found]:
 
 
 def _settle(
-    core: Core, keys: Sequence[Key], timeout: float | None, known: dict[Key, BatchStatus], with_value: bool = False
+    core: Core,
+    keys: Sequence[Key],
+    timeout: float | None,
+    known: dict[Key, BatchStatus],
+    *,
+    with_value: bool = False,
+    is_fresh: bool = False,
 ) -> Flow[None]:
     """Emits a Found for each key as it ends (or is unknown); returns at the end or when the time is over.
 
@@ -351,7 +371,13 @@ def _settle(
     """
     deadline = None if timeout is None else core.clock() + timeout
     waiting = dict.fromkeys(keys)
-    yield Watch(tuple(waiting))
+    if is_fresh and (timeout is None or timeout > FRESH):
+        # no worker was as quick as this, so neither the confirmation nor the first read is worth waiting for
+        yield Watch(tuple(waiting), is_sure=False)
+        if not (yield Listen(FRESH)):
+            yield Watch(tuple(waiting))
+    else:
+        yield Watch(tuple(waiting))
     asked: Iterable[Key] = tuple(waiting)
     while True:
         answers: list[Found] = yield Batch(tuple(core.calls.read(key, with_value=with_value) for key in asked))
@@ -400,6 +426,18 @@ def answered(step: Asked, asked: Flow[Any]) -> Flow[None]:
         step.failure = failure
 
 
+def through(flow: Flow[T], ask: Callable[[Step], Flow[Any]]) -> Flow[T]:
+    """A flow whose every step is asked by ``ask``; the answer is that of the flow."""
+    step = Asked(Emit(None))
+    while True:
+        try:
+            step = Asked(flow.send(step.answer) if step.failure is None else flow.throw(step.failure))
+        except StopIteration as end:
+            value: T = end.value
+            return value
+        yield from answered(step, ask(step.value))
+
+
 def _driver(step: Step) -> Flow[Any]:
     """Whoever drives this flow answers the step."""
     return (yield step)
@@ -419,20 +457,19 @@ def _collect(flow: Flow[Any]) -> Flow[list[Any]]:
 # -- attempts
 
 
-def take(core: Core, queue: str | None, worker: str, timeout: float | None) -> Flow[Attempt | None]:
+def take(core: Core, queue: str | None, taker: str, timeout: float | None) -> Flow[Attempt | None]:
     """Pop and start the next request of the queue, waiting up to ``timeout`` seconds (None = for ever) for one."""
-    queue = queue or core.settings.queue
+    lists = core.jobs.lists(queue or core.settings.queue)
     deadline = None if timeout is None else core.clock() + timeout
     while True:
-        taken: Attempt | str = yield from _or_hand_back(
-            core, core.calls.take(queue, secrets.token_hex(8), worker, ms(core.settings.lease))
-        )
-        if isinstance(taken, Attempt):
-            return taken
+        call = core.calls.take(lists, secrets.token_hex(8), taker, taker, ms(core.settings.lease))
+        taken: Taken = yield from _or_hand_back(core, call)
+        if taken.attempt is not None:
+            return taken.attempt
         left = RECHECK if deadline is None else min(RECHECK, deadline - core.clock())
         if left <= 0:
             return None
-        yield core.calls.next_events(taken, ms(left))
+        yield core.calls.next_events(taken.last_event, ms(left))
 
 
 def start(core: Core, key: Key, job_id: str, worker: str, execution: str = "") -> Flow[Attempt | State]:
@@ -452,10 +489,25 @@ def _or_hand_back(core: Core, call: Call[Any]) -> Flow[Any]:
     try:
         return (yield call)
     except UnreadableRequest as skew:
-        attempt = skew.attempt
-        ticket = core.jobs.schedule(attempt.key, attempt.key, attempt.queue, attempt.priority, UNREADABLE_DELAY)
-        yield core.calls.release(attempt, ticket)
+        yield from hand_back_unread(core, skew.attempt)
         raise
+
+
+def hand_back_unread(core: Core, attempt: Attempt) -> Flow[None]:
+    """Release an attempt whose request this version cannot read; it is offered again a little later."""
+    ticket = core.jobs.schedule(attempt.key, attempt.key, attempt.queue, attempt.priority, UNREADABLE_DELAY)
+    yield core.calls.release(attempt, ticket)
+
+
+def admit(core: Core, attempt: Attempt, limit: str, max_running: int) -> Flow[bool]:
+    """Get the attempt one of the ``max_running`` places under ``limit``, before its handler is called.
+
+    False: there is none. The attempt is over and counts for nothing; it comes back when there is one. Raises LeaseLost.
+    """
+    description = core.describe(attempt.request)
+    ticket = core.jobs.park(attempt.key, description, attempt.queue, attempt.priority, PARK_DELAY)
+    admitted: bool = yield core.calls.admit(attempt, limit, max_running, ticket, delay_ms=ms(PARK_DELAY))
+    return admitted
 
 
 def renew(core: Core, attempt: Attempt, progress: tuple[float, str] | None = None) -> Flow[None]:
@@ -526,9 +578,16 @@ def release(core: Core, attempt: Attempt) -> Flow[None]:
     yield core.calls.release(attempt, ticket)
 
 
+def drop_job(core: Core, attempt: Attempt) -> Flow[None]:
+    """Delete the RQ job of an attempt that was given up, unless its ticket still counts."""
+    state, job_id = yield core.calls.ticket(attempt.key)
+    if job_id != attempt.job_id or state not in (State.PENDING, State.IN_PROGRESS, State.FAILED):
+        yield core.calls.drop_job(attempt)
+
+
 def crash(core: Core, attempt: Attempt, error: bytes) -> Flow[str]:
     """The process of an attempt is dead: ``requeued`` (with a delay), ``quarantined``, ``already`` or ``alive``."""
-    delay = crash_delay(attempt.crashes)
+    delay = crash_delay(core, attempt.crashes)
     word: str = yield core.calls.crash(
         attempt.key, attempt.token, _ticket_again(core, attempt, delay), delay_ms=ms(delay), error=error
     )
@@ -539,9 +598,10 @@ def _ticket_again(core: Core, attempt: Attempt, delay: float) -> Ticket:
     return core.jobs.schedule(attempt.key, core.describe(attempt.request), attempt.queue, attempt.priority, delay)
 
 
-def crash_delay(crashes: int) -> float:
+def crash_delay(core: Core, crashes: int) -> float:
     """Seconds until the next attempt after ``crashes`` earlier ones."""
-    return CRASH_DELAYS[min(crashes, len(CRASH_DELAYS) - 1)]
+    delays = core.settings.crash_delays
+    return delays[min(crashes, len(delays) - 1)]
 
 
 def sweep(core: Core, queue: str | None = None) -> Flow[int]:
@@ -576,7 +636,7 @@ def sweep_if_due(core: Core) -> Flow[int]:
 
 
 def _heal_lapsed(core: Core, found: Overdue) -> Call[str]:
-    delay = crash_delay(found.crashes)
+    delay = crash_delay(core, found.crashes)
     return core.calls.crash(found.key, None, _ticket_of(core, found, delay), delay_ms=ms(delay), error=LAPSED)
 
 

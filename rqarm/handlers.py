@@ -139,6 +139,8 @@ class Options(TypedDict, total=False):
     estimated_time: float | None
     failure_ttl: float | None
     negative_ttl: float | None
+    thread_safe: bool
+    max_running: int | None
     name: str | None
 
 
@@ -149,7 +151,9 @@ class Route:
     ``name`` tells routes apart in statistics; it is the template or operation unless given. Either ``template`` or
     ``operation`` is set; neither is for the fallback. ``ttl``, ``failure_ttl``, ``negative_ttl``: seconds that a
     result, the record of a failure, and a failure as an answer live. ``timeout``: seconds that an attempt may take.
-    ``estimated_time``: seconds it usually takes. Raises ConfigError for values that make no sense.
+    ``estimated_time``: seconds it usually takes. ``max_running``: how many requests of this route run at the same time
+    on all workers; they are counted under ``name``. ``thread_safe``: a handler that is not ``async def`` may run beside
+    others in threads (``rqarm worker --concurrency``). Raises ConfigError for values that make no sense.
     """
 
     name: str
@@ -164,6 +168,8 @@ class Route:
     estimated_time: float | None = None
     failure_ttl: float | None = None
     negative_ttl: float | None = None
+    thread_safe: bool = False
+    max_running: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isprintable() or not self.name:
@@ -173,6 +179,9 @@ class Route:
                 _check_number(option, getattr(self, option), above=0)
         if self.negative_ttl is not None:
             _check_number("negative_ttl", self.negative_ttl, at_least=0)
+        limit = self.max_running
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise ConfigError(f"max_running must be a whole number, 1 or more, not {limit!r}")
         if self.retry is not None and not isinstance(self.retry, Retry):
             raise ConfigError(f"retry must be a Retry, such as Retry(max=3), not {self.retry!r}")
         try:

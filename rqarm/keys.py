@@ -14,7 +14,6 @@ from rqarm.model import Key
 #: name -> pattern behind the namespace; what a part in braces stands for is the argument of the same name.
 PATTERNS: dict[str, str] = {
     "status": "status:{key}",
-    "lock": "lock:{key}",
     "result": "result:{key}",
     "chunk": "chunk:{key}:{owner}:{n}",
     "callbacks": "callbacks:{key}",
@@ -26,6 +25,10 @@ PATTERNS: dict[str, str] = {
     "results": "results",
     "sizes": "sizes",
     "quarantine": "quarantine",
+    "limits": "limits",
+    "running": "running:{limit}",
+    "called": "called:{limit}",
+    "parked": "parked:{limit}",
     "swept": "swept",
     "takers": "takers",
     "seq": "seq",
@@ -37,6 +40,8 @@ PATTERNS: dict[str, str] = {
 RECORD_FIELDS: tuple[str, ...] = (
     "state",
     "uri",
+    "uri_2",
+    "uri_3",
     "queue",
     "priority",
     "sticky",
@@ -50,6 +55,9 @@ RECORD_FIELDS: tuple[str, ...] = (
     "error",
     "quarantined",
 )
+
+#: those of them that hold the identity, in pieces
+URI_FIELDS: tuple[str, ...] = ("uri", "uri_2", "uri_3")
 
 
 class Keys:

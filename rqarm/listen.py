@@ -75,12 +75,15 @@ class Listener:
         self._closing = threading.Event()
 
     @contextlib.contextmanager
-    def watch(self, keys: Sequence[Key]) -> Iterator[Watching]:
-        """Hear of these keys; entered when the subscription stands. Raises redis TimeoutError when it does not."""
+    def watch(self, keys: Sequence[Key], is_sure: bool = True) -> Iterator[Watching]:
+        """Hear of these keys; entered when the subscription stands, or at once when that need not be sure.
+
+        Raises redis TimeoutError when it does not stand in time.
+        """
         watching = Watching(keys)
         channels = [self._keys.done(key) for key in keys]
         try:
-            self._subscribe(watching, channels)
+            self._subscribe(watching, channels, is_sure)
             yield watching
         finally:
             self._unsubscribe(watching, channels)
@@ -94,7 +97,7 @@ class Listener:
                 self._send("SUBSCRIBE", [self._keys.pubsub_prefix])
             self._thread.join(CONFIRM)
 
-    def _subscribe(self, watching: Watching, channels: Sequence[str]) -> None:
+    def _subscribe(self, watching: Watching, channels: Sequence[str], is_sure: bool) -> None:
         with self._changed:
             fresh = [channel for channel in dict.fromkeys(channels) if channel not in self._watchers]
             for channel in channels:
@@ -103,7 +106,7 @@ class Listener:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._read, name="rqarm-listener", daemon=True)
                 self._thread.start()
-            if not self._changed.wait_for(lambda: self._confirmed.issuperset(channels), CONFIRM):
+            if is_sure and not self._changed.wait_for(lambda: self._confirmed.issuperset(channels), CONFIRM):
                 raise redis.exceptions.TimeoutError(UNCONFIRMED)
 
     def _unsubscribe(self, watching: Watching, channels: Sequence[str]) -> None:
@@ -217,12 +220,15 @@ class AsyncListener:
         self._task: asyncio.Task[None] | None = None
 
     @contextlib.asynccontextmanager
-    async def watch(self, keys: Sequence[Key]) -> AsyncIterator[AsyncWatching]:
-        """Hear of these keys; entered when the subscription stands. Raises redis TimeoutError when it does not."""
+    async def watch(self, keys: Sequence[Key], is_sure: bool = True) -> AsyncIterator[AsyncWatching]:
+        """Hear of these keys; entered when the subscription stands, or at once when that need not be sure.
+
+        Raises redis TimeoutError when it does not stand in time.
+        """
         watching = AsyncWatching(keys)
         channels = [self._keys.done(key) for key in keys]
         try:
-            await self._subscribe(watching, channels)
+            await self._subscribe(watching, channels, is_sure)
             yield watching
         finally:
             await self._unsubscribe(watching, channels)
@@ -234,7 +240,7 @@ class AsyncListener:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    async def _subscribe(self, watching: AsyncWatching, channels: Sequence[str]) -> None:
+    async def _subscribe(self, watching: AsyncWatching, channels: Sequence[str], is_sure: bool) -> None:
         fresh = [channel for channel in dict.fromkeys(channels) if channel not in self._watchers]
         for channel in channels:
             self._watchers.setdefault(channel, set()).add(watching)
@@ -243,6 +249,8 @@ class AsyncListener:
         if self._task is None:
             self._task = asyncio.create_task(self._read(), name="rqarm-listener")
         await self._send("SUBSCRIBE", fresh)
+        if not is_sure:
+            return
         try:
             async with asyncio.timeout(CONFIRM):
                 for event in confirmed:

@@ -54,8 +54,8 @@ class Priority(IntEnum):
 
 
 #: verb -> {state before: state after}; what is not listed is refused and writes nothing. A submit of what is completed
-#: moves only when it insists (resubmit) or the result is gone; ``crash`` ends in ``failed`` at its limit; ``put`` goes
-#: from every state to ``completed``.
+#: moves only when it insists (resubmit) or the result is gone; ``crash`` ends in ``failed`` at its limit; ``admit``
+#: moves only when there is no place; ``put`` goes from every state to ``completed``.
 TRANSITIONS: dict[str, dict[State, State]] = {
     "submit": {
         State.UNKNOWN: State.PENDING,
@@ -65,6 +65,7 @@ TRANSITIONS: dict[str, dict[State, State]] = {
     },
     "start": {State.PENDING: State.IN_PROGRESS, State.FAILED: State.IN_PROGRESS},
     "take": {State.PENDING: State.IN_PROGRESS},
+    "admit": {State.IN_PROGRESS: State.PENDING},
     "renew": {State.IN_PROGRESS: State.IN_PROGRESS},
     "complete": {State.IN_PROGRESS: State.COMPLETED},
     "fail": {State.IN_PROGRESS: State.FAILED},

@@ -2,7 +2,11 @@
 
 RQ's own code writes the job, against a pipeline that is never executed; the commands it recorded go to a transition
 script, which replays them only if the claim wins. So nothing here says how RQ stores a job, except which values of the
-recording differ from job to job. A contract test compares the keys with those of ``Queue.enqueue_job``.
+recording differ from job to job, and that RQ reads an empty field like one that is not there. A contract test compares
+the keys with those of ``Queue.enqueue_job``.
+
+A job waits in Redis with its request, so it is small: a hash whose values have at most 64 bytes takes a third of one
+with a longer value.
 """
 
 from __future__ import annotations
@@ -19,21 +23,26 @@ from rq import Queue, Worker
 from rq.job import Job
 from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
+from rq.suspension import WORKERS_SUSPENDED
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
-from rqarm.calls import Ticket
+from rqarm.calls import ParkingTicket, Ticket
 from rqarm.config import Settings
 from rqarm.errors import RqarmError
 from rqarm.model import Key, Priority
 
-#: the function that runs a request; its arguments are the namespace and the key
+#: the function that runs a request; its argument is the namespace, and the key stands in the job's id
 PERFORM = "rqarm.worker.perform"
-#: seconds that RQ keeps its own record of a job that went well; ours says the rest
-RESULT_TTL = 60
+#: seconds that RQ keeps its own record of a job that went well: none, ours says all. Its result stream alone is 4.4 KB
+RESULT_TTL = 0
 #: seconds beyond our own time limit after which RQ stops the job, should ours have failed to
 GRACE = 30
-#: longest description, in characters: it stands in every job and every log line of RQ
-DESCRIPTION_LENGTH = 200
+#: longest description, in bytes: hash-max-listpack-value of the servers; a longer value doubles the size of the job
+DESCRIPTION_BYTES = 64
+#: how much of that is for the end of a longer text; the middle is left out
+DESCRIPTION_TAIL = 21
+#: the end of a job's id: a hyphen and eight random hex digits
+ID_TAIL = 9
 #: RQ's queue of each priority, as a suffix of ours
 SUFFIXES = {Priority.HIGH: "-high", Priority.DEFAULT: "", Priority.LOW: "-low"}
 
@@ -42,7 +51,22 @@ _EXPECTED = {
     "enqueue": ["SADD", "HSET", "HSET", "RPUSH"],
     "front": ["SADD", "HSET", "HSET", "LPUSH"],
     "schedule": ["SADD", "HSET", "HSET", "ZADD"],
+    "recall": ["SADD", "HSET", "HSET", "LPUSH", "ZREM"],
 }
+
+
+def call_of(job: Job) -> tuple[str, Key]:
+    """The namespace and the key that a job of ours is for. Raises ValueError when it is not one of ours.
+
+    Jobs of an earlier form carry the key as a second argument.
+    """
+    namespace, *given = job.args
+    return namespace, Key(given[0]) if given else key_of(job.id)
+
+
+def key_of(job_id: str) -> Key:
+    """The key of the request that a job id of ours was made for."""
+    return Key(job_id[:-ID_TAIL])
 
 
 def queue_names(queue: str) -> tuple[str, str, str]:
@@ -82,6 +106,8 @@ class RqJobs:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.job_prefix: str = Job.redis_job_namespace_prefix
+        #: the flag of `rq suspend`
+        self.suspended: str = WORKERS_SUSPENDED
         self._templates: dict[tuple[str, str], _Template] = {}
 
     def lists(self, queue: str) -> tuple[str, str, str]:
@@ -108,14 +134,27 @@ class RqJobs:
             return self.enqueue(key, description, queue, priority)
         return self._ticket("schedule", key, description, queue, priority, delay)
 
+    def park(self, key: Key, description: str, queue: str, priority: Priority, delay: float) -> ParkingTicket:
+        """A job that RQ's scheduler queues after ``delay`` seconds, and what brings it to the front before."""
+        ticket = self._ticket("schedule", key, description, queue, priority, delay)
+        recall = self._ticket("recall", key, description, queue, priority, job_id=ticket.job_id)
+        return ParkingTicket(ticket.job_id, ticket.commands, ticket.data, recall.commands)
+
     def _ticket(
-        self, how: str, key: Key, description: str, queue: str, priority: Priority, delay: float = 0.0
+        self,
+        how: str,
+        key: Key,
+        description: str,
+        queue: str,
+        priority: Priority,
+        delay: float = 0.0,
+        job_id: str = "",
     ) -> Ticket:
         name = queue + SUFFIXES[priority]
         template = self._templates.get((how, name))
         if template is None:
-            template = self._templates[how, name] = _Template(how, self._record(how, name), self.settings.namespace)
-        return template.fill(key, description, delay)
+            template = self._templates[how, name] = _Template(self._record(how, name))
+        return template.fill(key, description, delay, job_id)
 
     def _record(self, how: str, name: str) -> list[list[bytes]]:
         connection = Redis()  # never connected: RQ asks it only for a pipeline and a version
@@ -124,7 +163,7 @@ class RqJobs:
         pipeline = connection.pipeline()
         job = queue.create_job(
             PERFORM,
-            args=(self.settings.namespace, _ID),
+            args=(self.settings.namespace,),
             job_id=_ID,
             description=_DESCRIPTION,
             timeout=int(self.settings.timeout) + GRACE,
@@ -134,7 +173,9 @@ class RqJobs:
         if how == "schedule":
             queue.schedule_job(job, datetime.now(UTC) + timedelta(hours=1), pipeline=pipeline)
         else:
-            queue.enqueue_job(job, pipeline=pipeline, at_front=how == "front")
+            queue.enqueue_job(job, pipeline=pipeline, at_front=how != "enqueue")
+        if how == "recall":
+            queue.scheduled_job_registry.remove(job, pipeline=pipeline)
         encode = connection.get_encoder().encode
         commands = [[_bytes(encode, argument) for argument in command[0]] for command in pipeline.command_stack]
         verbs = [command[0].decode() for command in commands]
@@ -149,41 +190,56 @@ class RqJobs:
 class _Template:
     """Recorded commands as the JSON that prelude.lua replays, with places for what differs from job to job."""
 
-    def __init__(self, how: str, commands: list[list[bytes]], namespace: str) -> None:
-        self._call = json.dumps([PERFORM, None, [namespace, _ID], {}]).replace("%", "%%").replace(_ID, "%s")
-        self._data_at: list[int] = []
+    def __init__(self, commands: list[list[bytes]]) -> None:
+        self._data, self._data_at = b"", list[int]()
         lists = []
-        for number, command in enumerate(commands, 1):
-            arguments = [self._argument(how, number, command, position) for position in range(len(command))]
+        for number, command in enumerate(map(_without_empty_fields, commands), 1):
+            arguments = [self._argument(number, command, position) for position in range(len(command))]
             lists.append(f"[{','.join(arguments)}]")
         self._text = f"[{','.join(lists)},{json.dumps(self._data_at)}]"
 
-    def _argument(self, how: str, number: int, command: list[bytes], position: int) -> str:
+    def _argument(self, number: int, command: list[bytes], position: int) -> str:
         """One argument as JSON, or the place of the value that will stand there."""
         verb, argument, field = command[0], command[position], command[position - 1]
         if argument == _DESCRIPTION.encode():
             return "%(description)s"
         if verb == b"HSET" and field == b"data":
-            self._data_at += [number, position + 1]
+            # not compressed: lua/take.lua reads in it whose job it is
+            self._data, self._data_at = zlib.compress(zlib.decompress(argument), 0), [number, position + 1]
             return '""'
-        if verb == b"HSET" and field in (b"created_at", b"enqueued_at") and argument:
+        if verb == b"HSET" and field in (b"created_at", b"enqueued_at"):
             return '"%(now)s"'
         if verb == b"ZADD" and position == 2:
             return '"%(due)d"'
         return json.dumps(argument.decode()).replace("%", "%%").replace(_ID, "%(id)s")
 
-    def fill(self, key: Key, description: str, delay: float) -> Ticket:
-        """The ticket of one job; its id is the key and eight random hex digits."""
-        job_id = f"{key}-{secrets.token_hex(4)}"
+    def fill(self, key: Key, description: str, delay: float, job_id: str) -> Ticket:
+        """The ticket of one job; its id is the key and eight random hex digits, unless it is given."""
+        job_id = job_id or f"{key}-{secrets.token_hex(4)}"
         now = datetime.now(UTC)
         commands = self._text % {
             "id": job_id,
-            "description": encode_basestring_ascii(description[:DESCRIPTION_LENGTH]),
+            "description": encode_basestring_ascii(_shortened(description)),
             "now": now.isoformat(timespec="microseconds").replace("+00:00", "Z"),
             "due": now.timestamp() + delay + 0.999,
         }
-        # what RQ's compression makes of so little is no shorter, and level 0 takes a third of the time
-        return Ticket(job_id, commands, zlib.compress((self._call % key).encode(), 0))
+        return Ticket(job_id, commands, self._data)
+
+
+def _without_empty_fields(command: list[bytes]) -> list[bytes]:
+    """Eight of the seventeen fields of a job are empty, which RQ's reader does not tell from missing."""
+    if command[0] != b"HSET":
+        return command
+    pairs = zip(command[2::2], command[3::2], strict=True)
+    return command[:2] + [part for pair in pairs if pair[1] for part in pair]
+
+
+def _shortened(description: str) -> str:
+    text = description.encode(errors="replace")
+    if len(text) <= DESCRIPTION_BYTES:
+        return description
+    head, tail = text[: DESCRIPTION_BYTES - DESCRIPTION_TAIL - 3], text[-DESCRIPTION_TAIL:]
+    return f"{head.decode(errors='ignore')}...{tail.decode(errors='ignore')}"
 
 
 def _bytes(encode: Any, argument: Any) -> bytes:

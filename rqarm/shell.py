@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -72,6 +73,18 @@ class _Wire:
             raise self.explain(step, reply)
         return step.parse(reply)
 
+    def read_all(self, batch: Batch[Any], replies: list[Any]) -> list[Any]:
+        """The answers to a batch."""
+        if not batch.settles:
+            return [self.read(step, reply) for step, reply in zip(batch.steps, replies, strict=True)]
+        answers: list[Any] = []
+        for step, reply in zip(batch.steps, replies, strict=True):
+            try:
+                answers.append(self.read(step, reply))
+            except Exception as error:  # noqa: BLE001 -- the answer to this step
+                answers.append(error)
+        return answers
+
     def explain(self, step: Step, error: Exception) -> Exception:
         """The error as the caller should see it."""
         if isinstance(error, RqarmError):
@@ -81,6 +94,14 @@ class _Wire:
         if isinstance(error, ResponseError) and "WRONGTYPE" in str(error) and isinstance(step, Call | Command):
             return foreign_data(step.keys if isinstance(step, Call) else step.argv[1:2], error)
         return error
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A batch whose answers have not been read. ``connection``: on which they come; None = it could not be sent."""
+
+    batch: Batch[Any]
+    connection: Any
 
 
 class Shell:
@@ -93,11 +114,13 @@ class Shell:
         if client is None:
             _roomy(self.client)
         self._open_waiting: Callable[[], redis.Redis] = (
-            partial(connect.open_client, url, for_waiting=True) if client is None else partial(_sibling, client)
+            partial(connect.open_client, url, for_waiting=True) if client is None else partial(sibling, client)
         )
         self._wire = _Wire(url, is_fake(self.client))
         # what waits is made by the first who needs it; no lock, which a fork could leave locked for ever
         self._made: dict[str, Any] = {}
+        #: connections of ``send``, which asks so often that the pool's part of it would count
+        self._kept: list[Any] = []
 
     def run(self, flow: Flow[T]) -> T:
         """The value of a flow. What it emits on its way is dropped."""
@@ -129,7 +152,7 @@ class Shell:
                     if isinstance(step, Emit):
                         yield step.item
                     elif isinstance(step, Watch):
-                        watching = stack.enter_context(self._listening().watch(step.keys))
+                        watching = stack.enter_context(self._listening().watch(step.keys, step.is_sure))
                     elif isinstance(step, Listen):
                         assert watching is not None, "a flow listens to what it watches"
                         answer = watching.wait(step.timeout)
@@ -147,11 +170,14 @@ class Shell:
                 return self._batch(step)
             client = self._waiting_client() if isinstance(step, Command) and step.waits else self.client
             argv = self._wire.argv(step)
-            try:
-                reply = client.execute_command(*argv)
-            except NoScriptError:
-                assert isinstance(step, Call)
-                client.script_load(self._wire.text(step.script))
+            if isinstance(step, Call):
+                (reply,) = self._exchange([argv])
+                if isinstance(reply, NoScriptError):
+                    client.script_load(self._wire.text(step.script))
+                    (reply,) = self._exchange([argv])
+                if isinstance(reply, Exception):
+                    raise reply
+            else:
                 reply = client.execute_command(*argv)
         except redis.exceptions.RedisError as error:
             explained = self._wire.explain(step, error)
@@ -169,13 +195,62 @@ class Shell:
                 self.client.script_load(self._wire.text(script))
             for i, reply in zip(lost, self._pipeline([batch.steps[i] for i in lost]), strict=True):
                 replies[i] = reply
-        return [self._wire.read(step, reply) for step, reply in zip(batch.steps, replies, strict=True)]
+        return self._wire.read_all(batch, replies)
 
-    def _pipeline(self, steps: Any) -> list[Any]:
+    def _pipeline(self, steps: Sequence[Call[Any] | Command[Any]]) -> list[Any]:
+        commands = [self._wire.argv(step) for step in steps]
+        if all(isinstance(step, Call) for step in steps):
+            return self._exchange(commands)
         with self.client.pipeline(transaction=False) as pipeline:
-            for step in steps:
-                pipeline.execute_command(*self._wire.argv(step))
+            for command in commands:
+                pipeline.execute_command(*command)
             return list(pipeline.execute(raise_on_error=False))
+
+    def send(self, batch: Batch[Any]) -> Sent:
+        """Ask now and read later, by ``receive``: the server works meanwhile. For calls, in a batch that settles."""
+        connection = self._kept.pop() if self._kept else self.client.connection_pool.get_connection()
+        try:
+            commands = [self._wire.argv(step) for step in batch.steps]
+            connection.send_packed_command(connection.pack_commands(commands))
+        except (redis.exceptions.RedisError, OSError):
+            connection.disconnect()
+            self.client.connection_pool.release(connection)
+            return Sent(batch, None)
+        return Sent(batch, connection)
+
+    def receive(self, sent: Sent) -> list[Any]:
+        """The answers to what was sent. A connection that breaks between is none's loss: all is asked again."""
+        connection = sent.connection
+        if connection is None:
+            return list(self.execute(sent.batch))
+        try:
+            replies = [_reply(connection) for _ in sent.batch.steps]
+            self._kept.append(connection)
+        except (redis.exceptions.RedisError, OSError):
+            connection.disconnect()
+            self.client.connection_pool.release(connection)
+            replies = None
+        if replies is None or any(isinstance(reply, NoScriptError) for reply in replies):
+            return list(self.execute(sent.batch))
+        return self._wire.read_all(sent.batch, replies)
+
+    def _exchange(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The raw replies to commands of which redis-py knows nothing anyway. Its client and its pipeline take several
+        times as long for the same; retries are those of its connection.
+        """
+        pool = self.client.connection_pool
+        connection = pool.get_connection()
+        packed = connection.pack_commands(commands)
+
+        def send_and_read() -> list[Any]:
+            connection.send_packed_command(packed)
+            return [_reply(connection) for _ in commands]
+
+        try:
+            replies: list[Any] = connection.retry.call_with_retry(send_and_read, lambda _: connection.disconnect())
+            return replies
+        finally:
+            pool.release(connection)
 
     def _waiting_client(self) -> redis.Redis:
         client: redis.Redis = self._made.get("client") or self._made.setdefault("client", _roomy(self._open_waiting()))
@@ -190,6 +265,8 @@ class Shell:
     def close(self) -> None:
         """Give all connections back."""
         listener, waiting = self._made.pop("listener", None), self._made.pop("client", None)
+        while self._kept:
+            self.client.connection_pool.release(self._kept.pop())
         if listener is not None:
             listener.close()
         if waiting is not None:
@@ -207,7 +284,7 @@ class AsyncShell:
         self._keys, self._settings, self._owns = keys, settings, client is None
         self.client = connect.open_async_client(url) if client is None else _usable(client)
         self._open_waiting: Callable[[], redis.asyncio.Redis] = (
-            partial(connect.open_async_client, url, for_waiting=True) if client is None else partial(_sibling, client)
+            partial(connect.open_async_client, url, for_waiting=True) if client is None else partial(sibling, client)
         )
         self._wire = _Wire(url, is_fake(self.client))
         room = getattr(self.client.connection_pool, "max_connections", IN_FLIGHT)
@@ -243,7 +320,7 @@ class AsyncShell:
                     if isinstance(step, Emit):
                         yield step.item
                     elif isinstance(step, Watch):
-                        watching = await stack.enter_async_context(self._listening().watch(step.keys))
+                        watching = await stack.enter_async_context(self._listening().watch(step.keys, step.is_sure))
                     elif isinstance(step, Listen):
                         assert watching is not None, "a flow listens to what it watches"
                         answer = await watching.wait(step.timeout)
@@ -290,7 +367,7 @@ class AsyncShell:
                 await self.client.script_load(self._wire.text(script))
             for i, reply in zip(lost, await self._pipeline([batch.steps[i] for i in lost]), strict=True):
                 replies[i] = reply
-        return [self._wire.read(step, reply) for step, reply in zip(batch.steps, replies, strict=True)]
+        return self._wire.read_all(batch, replies)
 
     async def _pipeline(self, steps: Any) -> list[Any]:
         async with self.client.pipeline(transaction=False) as pipeline:
@@ -321,6 +398,14 @@ class AsyncShell:
             await self.client.aclose()
 
 
+def _reply(connection: Any) -> Any:
+    """One reply; an error of the server is one."""
+    try:
+        return connection.read_response()
+    except ResponseError as error:
+        return error
+
+
 def is_fake(client: Any) -> bool:
     """fakeredis knows neither INFO nor the flags of scripts."""
     return str(client.connection_pool.connection_class.__module__).startswith("fakeredis")
@@ -333,10 +418,13 @@ def _usable(client: C) -> C:
     return client
 
 
-def _sibling(client: Any) -> Any:
-    """A client of the same server with a pool of its own: what blocks must not use up the pool of submits."""
+def sibling(client: Any, **changes: Any) -> Any:
+    """A client of the same server with a pool of its own: what blocks must not use up the pool of submits.
+
+    ``changes``: options of its connections; without any it may wait for ever.
+    """
     pool = client.connection_pool
-    options = {**pool.connection_kwargs, "connection_class": pool.connection_class, "socket_timeout": None}
+    options = {**pool.connection_kwargs, "connection_class": pool.connection_class, "socket_timeout": None, **changes}
     if hasattr(pool, "sentinel_manager"):
         del options["connection_pool"]
         chosen = {"is_master": pool.is_master, "check_connection": pool.check_connection}

@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,7 @@ from typing import Any
 
 import rq.worker
 
-from rqarm import BatchRequest, Context, Handlers, Result, Retry, flows
-
-if delay := os.environ.get("CRASH_DELAY"):
-    flows.CRASH_DELAYS = (float(delay),)  # most tests of crashes are not about the pause behind them
+from rqarm import BatchRequest, Context, Handlers, Result, Retry
 
 handlers = Handlers()
 notes = Path(os.environ.get("NOTES", "/nonexistent"))
@@ -32,7 +30,7 @@ LONGEST = 60.0
 
 def note(name: str, text: object) -> None:
     """Leave a note; it is there in whole or not at all."""
-    draft = notes / f".{name}.{os.getpid()}"
+    draft = notes / f".{name}.{os.getpid()}.{threading.get_ident()}"
     draft.write_text(str(text))
     draft.rename(notes / name)
 
@@ -101,6 +99,19 @@ def turn(request: BatchRequest, context: Context, name: str) -> int:
     return context.attempt
 
 
+@handlers.route("/limited/{name}", max_running=2)
+def limited(request: BatchRequest, context: Context, name: str) -> int:
+    """As ``wait``, with at most two at the same time; the log says when each began and ended."""
+    with (notes / "limited").open("a") as log:
+        log.write(f"+{name}\n")
+    note(f"horse-{os.getpid()}", context.worker)
+    note(f"running-{name}", os.getpid())
+    wait_for(f"go-{name}")
+    with (notes / "limited").open("a") as log:
+        log.write(f"-{name}\n")
+    return context.attempt
+
+
 @handlers.route("/kill/{name}")
 def kill(request: BatchRequest, context: Context, name: str) -> None:
     with (notes / f"kills-{name}").open("a") as log:
@@ -147,16 +158,26 @@ def memory(request: BatchRequest, context: Context, mib: int) -> int:
 
 
 @handlers.route("/epilogue/{seconds:float}")
-def epilogue(request: BatchRequest, context: Context, seconds: float) -> str:
-    """Returns at once, but RQ needs a while for what it does after a job."""
-    original = rq.worker.BaseWorker.handle_job_success
+def epilogue(request: BatchRequest, context: Context, seconds: float) -> None:
+    """Fails at once, but RQ needs a while for what it does after that."""
+    original = rq.worker.BaseWorker.handle_job_failure
 
-    def handle_job_success(*arguments: Any, **named: Any) -> None:
+    def handle_job_failure(*arguments: Any, **named: Any) -> None:
+        rq.worker.BaseWorker.handle_job_failure = original
         time.sleep(seconds)
         original(*arguments, **named)
 
-    rq.worker.BaseWorker.handle_job_success = handle_job_success
-    return "done"
+    rq.worker.BaseWorker.handle_job_failure = handle_job_failure
+    raise ValueError("an epilogue")
+
+
+@handlers.route("/mostly/{name}")
+def mostly(request: BatchRequest, context: Context, name: str) -> str:
+    """Quick, but for names that begin with slow."""
+    if name.startswith("slow"):
+        note(f"running-{name}", os.getpid())
+        wait_for(f"go-{name}")
+    return name
 
 
 @handlers.route("/soak/{n:int}")

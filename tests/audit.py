@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
+from zlib import decompress
 
 import redis
 from drive import Snapshot, arguments_of, server_ms, snapshot
@@ -52,10 +53,10 @@ class _Audit:
         self._leases()
         self._lines()
         self._loads()
-        self._locks()
         self._results()
         self._quarantine()
         self._tickets()
+        self._limits()
         return self.found
 
     def _check(self, holds: Any, claim: str) -> None:
@@ -82,7 +83,7 @@ class _Audit:
                 own = name.removeprefix(self.keys.prefix)
                 self._check(own.startswith(MAY_EXPIRE), f"{name} has a TTL")
         for key in self._in_state(*IN_FLIGHT):
-            for kind in ("status", "lock", "callbacks"):
+            for kind in ("status", "callbacks"):
                 expires = self._expiry(kind, key=key)
                 self._check(expires in (-1, None), f"{kind} of {key} in flight has a TTL")
 
@@ -131,12 +132,6 @@ class _Audit:
             self._check(sums == wanted_sums, f"load of {queue} is {sums}, the line adds up to {wanted_sums}")
             self._check(all(sum_ms >= 0 for sum_ms in load.values()), f"load of {queue} is below 0: {load}")
 
-    def _locks(self) -> None:
-        prefix = self.keys.named("lock", key="")
-        locks = {n.removeprefix(prefix): v[1].decode() for n, v in self.stored.items() if n.startswith(prefix)}
-        held = {key: record.get("job_id") for key, record in self._in_state(*IN_FLIGHT).items()}
-        self._check(locks == held, f"locks {locks} are not the claims {held}")
-
     def _results(self) -> None:
         index, sizes = self._zset("results"), self._zset("sizes")
         prefix = self.keys.named("result", key="")
@@ -149,7 +144,7 @@ class _Audit:
             self._check(self._expiry("status", key=key) == expires, f"{key}: record and result expire apart")
             sticky = record.get("sticky") == "1"
             self._check(sticky == (expires < 0), f"{key}: sticky is {sticky}, it expires at {expires}")
-            for n in range(int(fields["chunks"])):
+            for n in range(int(fields.get("chunks", 0))):
                 chunk = self._expiry("chunk", key=key, owner=fields["owner"], n=str(n))
                 self._check(chunk == expires, f"{key}: chunk {n} expires at {chunk}, the result at {expires}")
         for key, due_ms in index.items():
@@ -170,14 +165,45 @@ class _Audit:
         for key in aside:
             self._check(self._expiry("status", key=key) == -1, f"{key} is quarantined and expires")
 
+    def _limits(self) -> None:
+        """Each limit's places and those who wait for one; nobody waits while there is room."""
+        places = {name: int(n) for name, n in _texts(self._value("limits") or {}).items()}
+        kinds = ("running", "called", "parked")
+        prefixes = {kind: self.keys.named(kind, limit="") for kind in kinds}
+        stored = {name.removeprefix(p) for name in self.stored for p in prefixes.values() if name.startswith(p)}
+        for limit in stored | places.keys() | {r["limit"] for r in self.records.values() if "limit" in r}:
+            wanted: dict[str, set[str]] = {kind: set() for kind in kinds}
+            for key, record in self.records.items():
+                if record.get("limit") == limit:
+                    waits = "parked" if "recall" in record else "called"
+                    wanted["running" if record["state"] == "in_progress" else waits].add(key)
+            for kind in kinds:
+                found = self._zset(kind, limit=limit).keys()
+                self._check(found == wanted[kind], f"{kind} under {limit} {sorted(found)}, not {sorted(wanted[kind])}")
+            for key, score in self._zset("parked", limit=limit).items():
+                record = self.records.get(key, {})
+                in_line = self._zset("pending", queue=record.get("queue", "")).get(key)
+                self._check(score == in_line, f"{key} is parked at {score} and stands at {in_line}")
+            room = places.get(limit, 0) - len(wanted["running"]) - len(wanted["called"])
+            self._check(limit in places, f"nobody knows the places under {limit}")
+            self._check(not wanted["parked"] or room <= 0, f"{room} places under {limit}, and {wanted['parked']} wait")
+        for key, record in self.records.items():
+            waits = {"recall", "recall_data"} & record.keys()
+            self._check(
+                not waits or (record["state"] == "pending" and "limit" in record), f"{key} is not parked: {waits}"
+            )
+            self._check("limit" not in record or record["state"] in IN_FLIGHT, f"{key} has ended under a limit")
+
     def _tickets(self) -> None:
         prefix: str = Job.redis_job_namespace_prefix
         jobs = {n.removeprefix(prefix): entry for n, entry in self.stored.items() if n.startswith(prefix)}
         for job_id, (_, value, _) in jobs.items():
+            if not decompress(value[b"data"]).startswith(b"["):
+                continue  # an ordinary job, pickled: ours never are
             call = arguments_of(value[b"data"])
             if call[0] == "rqarm.worker.perform" and call[2][0] == self.keys.namespace:
                 match = TICKET.match(job_id)
-                self._check(match and match["key"] == call[2][1], f"job {job_id} calls for {call[2]}")
+                self._check(match and call[2] == [self.keys.namespace], f"job {job_id} calls for {call[2]}")
         for key, record in self._in_state("pending").items():
             if key not in self.lost:
                 self._delivery(key, record, jobs.get(record["job_id"]))

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import redis
 from redis.exceptions import NoScriptError
 
 from rqarm import codec, flows
-from rqarm.calls import Attempt, Batch, Call, Command, Found, Ticket
+from rqarm.calls import Attempt, Batch, Call, Command, Found, ParkingTicket, Taken, Ticket
 from rqarm.config import Settings
 from rqarm.flows import Core, Emit, Flow
 from rqarm.keys import Keys
@@ -27,17 +27,19 @@ from rqarm.rqjobs import RqJobs
 #: what a state is called here: those of rqarm.model, and the kinds of them that scripts tell apart
 STATES = (
     "unknown", "pending", "scheduled", "mine", "other", "lapsed", "completed", "sticky", "evicted", "failed",
-    "negative", "quarantined", "cancelled",
+    "negative", "quarantined", "cancelled", "placed", "full", "called", "parked",
 )  # fmt: skip
 #: the word in the record for each
 STORED_STATE: dict[str, State] = {
     **{name: State(name) for name in ("unknown", "pending", "completed", "failed", "cancelled")},
-    "scheduled": State.PENDING,
-    **dict.fromkeys(("mine", "other", "lapsed"), State.IN_PROGRESS),
+    **dict.fromkeys(("scheduled", "called", "parked"), State.PENDING),
+    **dict.fromkeys(("mine", "other", "lapsed", "placed", "full"), State.IN_PROGRESS),
     **dict.fromkeys(("sticky", "evicted"), State.COMPLETED),
     **dict.fromkeys(("negative", "quarantined"), State.FAILED),
 }
 LEASE_MS = 60_000
+#: the limit of a test that needs only one
+LIMIT = "/limited/{n}"
 ERROR = codec.pack_error("Boom", "it did not work", "")
 
 #: everything stored: name -> (type, value, moment of expiry in Unix ms or -1)
@@ -140,7 +142,19 @@ class Rig:
         return self.calls.start(key, job_id, execution or secrets.token_hex(8), worker, LEASE_MS)
 
     def take(self, execution: str = "", worker: str = "me", queue: str = "") -> Call[Attempt | str]:
-        return self.calls.take(queue or self.settings.queue, execution or secrets.token_hex(8), worker, LEASE_MS)
+        """As the pull interface takes; the attempt, or where the events stood."""
+        call = self.take_any(self.jobs.lists(queue or self.settings.queue), execution, worker)
+
+        def parse(reply: Any) -> Attempt | str:
+            taken = call.parse(reply)
+            return taken.attempt if taken.attempt is not None else taken.last_event
+
+        return replace(call, parse=parse)
+
+    def take_any(
+        self, lists: Sequence[str], execution: str = "", worker: str = "me", *, for_rq: bool = False
+    ) -> Call[Taken]:
+        return self.calls.take(lists, execution or secrets.token_hex(8), worker, worker, LEASE_MS, for_rq=for_rq)
 
     def complete(self, attempt: Attempt, value: Any = "value", *, sticky: bool = False, ttl_ms: int = 0) -> Call[str]:
         encoded = codec.encode(value, self.settings)
@@ -149,6 +163,15 @@ class Rig:
 
     def fail(self, attempt: Attempt, *, negative_ms: int = 0) -> Call[str]:
         return self.calls.fail(attempt, ERROR, failure_ttl_ms=86_400_000, negative_ms=negative_ms)
+
+    def admit(
+        self, attempt: Attempt, max_running: int = 1, limit: str = LIMIT, ticket: ParkingTicket | None = None
+    ) -> Call[bool]:
+        ticket = ticket or self.parking_ticket(attempt)
+        return self.calls.admit(attempt, limit, max_running, ticket, delay_ms=3_600_000)
+
+    def parking_ticket(self, attempt: Attempt) -> ParkingTicket:
+        return self.jobs.park(attempt.key, attempt.request.uri, attempt.queue, attempt.priority, 3600.0)
 
     def retry(self, attempt: Attempt, ticket: Ticket, *, delay_ms: int = 0, kwargs: bytes = b"") -> Call[str]:
         return self.calls.retry(attempt, ticket, delay_ms=delay_ms, kwargs=kwargs, error=ERROR)
@@ -212,9 +235,16 @@ class Rig:
         assert attempt.key == request.key
         return attempt
 
+    def placed(self, request: BatchRequest | str) -> Attempt:
+        """Submit, take and admit: the attempt. Nothing else waits."""
+        attempt = self.begin(as_request(request))
+        assert self.word(self.admit(attempt)) == "admitted"
+        return attempt
+
     def seed(self, state: str, request: BatchRequest | str = "/slow") -> Seeded:
         """The request in this state."""
         request, execution = as_request(request), secrets.token_hex(8)
+        holder = self.placed("/holder") if state in ("full", "called", "parked") else None
         attempt = Attempt(
             request.key, Token(7), 1, request, {}, 0, 0, queue=self.core.queue_of(request), priority=request.priority
         )
@@ -228,6 +258,13 @@ class Rig:
             case "other":
                 assert self.word(self.calls.release(attempt, self.front_ticket(request))) == "released"
                 assert isinstance(self.ask(self.take(worker="another")), Attempt)
+            case "placed":
+                assert self.word(self.admit(attempt)) == "admitted"
+            case "called" | "parked":
+                assert holder is not None
+                assert self.word(self.admit(attempt)) == "parked"
+                if state == "called":
+                    assert self.word(self.calls.cancel(holder.key)) == "cancelled"
             case "lapsed":
                 self.lapse(request.key)
             case "completed" | "evicted" | "sticky":
@@ -261,6 +298,9 @@ def snapshot(client: redis.Redis) -> Snapshot:
         for name in names:
             pipeline.type(name)
         types = [kind.decode() for kind in pipeline.execute()]
+        # what has expired meanwhile is of type none
+        there = [(name, kind) for name, kind in zip(names, types, strict=True) if kind != "none"]
+        names, types = [name for name, _ in there], [kind for _, kind in there]
         for name, kind in zip(names, types, strict=True):
             pipeline.execute_command("PEXPIRETIME", name)
             pipeline.execute_command(*(part if part != "KEY" else name for part in _READ[kind]))
@@ -306,6 +346,6 @@ def arguments_of(data: bytes) -> list[Any]:
 
 
 __all__ = [
-    "ERROR", "LEASE_MS", "STATES", "STORED_STATE", "Keys", "Rig", "Seeded", "Snapshot", "arguments_of", "flows",
-    "jobs_of", "server_ms", "snapshot", "without",
+    "ERROR", "LEASE_MS", "LIMIT", "STATES", "STORED_STATE", "Keys", "Rig", "Seeded", "Snapshot", "arguments_of",
+    "flows", "jobs_of", "server_ms", "snapshot", "without",
 ]  # fmt: skip

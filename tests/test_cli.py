@@ -758,7 +758,7 @@ def handlers_file(tmp_path: Path) -> str:
 def test_a_burst_runs_what_waits_and_logs_one_line_each(rm: RequestManager, url: str, handlers_file: str) -> None:
     key = rm.submit("/double/4").key
     low = rm.submit(BatchRequest("/double/5", priority="low")).key
-    done = finished("worker", "--handlers", f"{handlers_file}:handlers", "--burst", "-n", "me", url=url)
+    done = finished("worker", "--handlers", f"{handlers_file}:handlers", "--burst", "--name", "me", url=url)
     assert done.returncode == 0, done.stderr
     assert rm.result(key) == {"double": 8}
     assert rm.result(low) == {"double": 10}
@@ -813,11 +813,11 @@ def test_a_worker_ends_after_max_jobs(rm: RequestManager, url: str, handlers_fil
 
 
 def test_check_sees_a_worker_and_its_scheduler(rm: RequestManager, url: str, run: Run, handlers_file: str) -> None:
-    with process("worker", "--handlers", handlers_file, "-n", "me", url=url) as running:
+    with process("worker", "--handlers", handlers_file, "--name", "me", url=url) as running:
         try:
             servers.eventually(lambda: "ok       workers" in run("check").stdout)
             text = servers.eventually(lambda: "ok       scheduler" in (found := run("check").stdout) and found)
-            twin = finished("worker", "--handlers", handlers_file, "-n", "me", "--burst", url=url)
+            twin = finished("worker", "--handlers", handlers_file, "--name", "me", "--burst", url=url)
         finally:
             running.terminate()
             running.communicate(timeout=30)

@@ -30,6 +30,7 @@ LUA = ROOT / "rqarm" / "lua"
 #: variables that are no settings, and the module that reads each
 OTHER_VARIABLES = {
     "RQARM_HANDLERS": "worker/loading.py",
+    "RQARM_ALLOW_FUNCTIONS": "worker/allowed.py",
     "RQARM_HOME": "embedded.py",
     "RQARM_DEBUG": "cli/common.py",
 }

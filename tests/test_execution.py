@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import redis
 from redis.exceptions import OutOfMemoryError, ReadOnlyError
+from rq.registry import FailedJobRegistry
 from servers import eventually
 from workers import burst, own_signals, timed
 
@@ -32,10 +33,11 @@ from rqarm import (
     connect,
     flows,
 )
-from rqarm.calls import Call, Command
+from rqarm.calls import Attempt, Call, Command
 from rqarm.model import Key
 from rqarm.shell import Shell
 from rqarm.worker import execution, perform, use_handlers
+from rqarm.worker.limits import time_limit
 
 #: far above what any test needs; a test that reaches it is wrong
 LONG = 20.0
@@ -431,6 +433,66 @@ def test_a_server_that_refuses_for_longer_than_the_lease_ends_the_attempt_not_th
     assert bench.rm.status(key).error is not None
 
 
+# -- limits
+
+
+def someone_runs(bench: Bench, uri: str) -> Attempt:
+    """A request of the route runs elsewhere, in the only place of its limit."""
+    core = bench.rm.core
+    bench.rm.submit(uri)
+    attempt = bench.rm.shell.run(flows.take(core, None, "elsewhere", 0))
+    assert attempt is not None
+    assert bench.rm.shell.run(flows.admit(core, attempt, "/x", 1))
+    return attempt
+
+
+def test_a_request_above_the_limit_waits_and_comes_when_there_is_a_place(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs: list[str] = []
+    bench.route(lambda request, context: runs.append(f"{request.uri} {context.attempt}"), max_running=1)
+    bench.route(lambda: "free", "/free")
+    other = someone_runs(bench, "/x?n=1")
+    with caplog.at_level("INFO", "rqarm.worker"):
+        status = bench.run("/x?n=2")
+    assert (status.state, status.attempts, runs) == (State.PENDING, 0, [])
+    assert bench.verbs()[-2:] == ["start", "park"]
+    assert f"{status.key} /x?n=2: parked by /x, waited" in caplog.text
+    assert FailedJobRegistry("arm", connection=bench.rm.connection).get_job_ids() == []
+    assert bench.run("/free").state is State.COMPLETED, "others pass"
+    bench.rm.shell.run(flows.finish(bench.rm.core, other, "done"))
+    bench.work()
+    assert bench.rm.status(status.key).state is State.COMPLETED
+    assert runs == ["/x?n=2 1"]
+
+
+@pytest.mark.parametrize("other_is_there", [False, True], ids=["a place", "no place"])
+def test_a_server_that_refuses_to_admit_for_a_while_is_asked_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, other_is_there: bool
+) -> None:
+    bench.route(lambda: "done", max_running=1)
+    if other_is_there:
+        someone_runs(bench, "/x?n=1")
+    left = refuse(monkeypatch, "admit", ReadOnlyError("READONLY"), times=3)
+    status = bench.run()
+    assert left == []
+    assert (status.state, status.error) == (State.PENDING if other_is_there else State.COMPLETED, None)
+
+
+def test_who_is_cancelled_before_it_is_admitted_does_not_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    execute, runs = Shell.execute, list[int]()
+
+    def cancelling(self: Shell, step: Any) -> Any:
+        if isinstance(step, Call) and step.script.name == "admit":
+            execute(self, bench.rm.core.calls.cancel(BatchRequest("/x").key))
+        return execute(self, step)
+
+    bench.route(lambda: runs.append(1), max_running=1)
+    monkeypatch.setattr(Shell, "execute", cancelling)
+    assert bench.run().state is State.CANCELLED
+    assert runs == []
+
+
 # -- time
 
 
@@ -525,7 +587,7 @@ def test_rqs_alarm_is_set_again_after_a_time_limit() -> None:
         heard: list[int] = []
         signal.signal(signal.SIGALRM, lambda number, _: heard.append(number))
         signal.setitimer(signal.ITIMER_REAL, 60)
-        with execution.time_limit(5):
+        with time_limit(5):
             assert signal.getitimer(signal.ITIMER_REAL)[0] <= 5
         left = signal.getitimer(signal.ITIMER_REAL)[0]
         signal.raise_signal(signal.SIGALRM)
@@ -537,7 +599,7 @@ def test_rqs_alarm_is_set_again_after_a_time_limit() -> None:
 def test_rqs_alarm_stays_when_it_is_the_sooner_one() -> None:
     with own_signals():
         signal.setitimer(signal.ITIMER_REAL, 5)
-        with execution.time_limit(60):
+        with time_limit(60):
             assert signal.getitimer(signal.ITIMER_REAL)[0] <= 5
         left = signal.getitimer(signal.ITIMER_REAL)[0]
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -548,7 +610,7 @@ def test_a_limit_in_a_thread_is_left_to_others() -> None:
     done: list[int] = []
 
     def in_thread() -> None:
-        with execution.time_limit(0.001):
+        with time_limit(0.001):
             threading.Event().wait(0.05)
             done.append(1)
 

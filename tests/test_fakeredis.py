@@ -20,9 +20,11 @@ from rqarm import (
     Outcome,
     RequestCancelled,
     RequestFailed,
+    RequestManager,
     ResultNotReady,
     State,
     WaitTimeout,
+    flows,
 )
 from rqarm.scripts import all_scripts
 
@@ -170,6 +172,19 @@ def test_a_taker_is_woken_by_a_submit(rm: Any, threads: managers.Threads) -> Non
     taking = threads.start(rm.queues.next_request, managers.PATIENCE)
     rm.submit(URI)
     assert taking.result(managers.PATIENCE).request.uri == URI
+
+
+def test_a_limit_parks_and_calls_up() -> None:
+    with RequestManager(connection=fakeredis.FakeRedis(server=fakeredis.FakeServer())) as rm:
+        leases = []
+        for uri in ("/1", "/2"):
+            rm.submit(uri)
+            leases.append(take(rm))
+        admitted = [rm.shell.run(flows.admit(rm.core, lease._attempt, "limit", 1)) for lease in leases]
+        assert admitted == [True, False]
+        assert rm.status(leases[1].key).state is State.PENDING
+        leases[0].finish("done")
+        assert take(rm).key == leases[1].key
 
 
 def test_the_sweep_finds_a_lost_ticket(rm: Any) -> None:

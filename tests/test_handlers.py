@@ -467,6 +467,10 @@ def test_a_bad_template_is_refused_at_once_naming_the_function(handlers: Handler
         {"priority": "urgent"},
         {"name": ""},
         {"name": "taken"},
+        {"max_running": 0},
+        {"max_running": True},
+        {"max_running": 2.0},
+        {"max_running": ("exports", 3)},
         {"tll": 60},
     ],
     ids=str,
@@ -477,6 +481,14 @@ def test_a_bad_option_is_refused_at_once_naming_option_and_function(
     echo(handlers, "/taken/{x}", name="taken")
     with pytest.raises(ConfigError, match=rf"echo.*answer: .*{list(options)[-1]}"):
         echo(handlers, "/a/{x}", **options)
+
+
+def test_routes_and_operations_take_a_limit(handlers: Handlers) -> None:
+    limited = handlers.route("/a/{x}", max_running=3)(lambda request, context, x: None)
+    thumbnail = handlers.operation("thumbnail", max_running=1)(lambda request, context: None)
+    free = handlers.route("/b/{x}")(lambda request, context, x: None)
+    assert [each.route.max_running for each in (limited, thumbnail, free)] == [3, 1, None]
+    assert (limited.route.name, thumbnail.route.name) == ("/a/{x}", "thumbnail")
 
 
 def test_a_signature_that_cannot_be_filled_is_refused(handlers: Handlers) -> None:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pytest
 import servers
 from audit import audit
-from drive import Rig
+from drive import LIMIT, Rig
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -50,7 +50,7 @@ URIS = tuple(f"/{n}" for n in range(3))
 
 #: low, so that requests are set aside now and then
 MAX_ATTEMPTS = 2
-VERBS = ("renew", "complete", "fail", "retry", "release", "crash")
+VERBS = ("renew", "admit", "complete", "fail", "retry", "release", "crash")
 
 uris = st.sampled_from(URIS)
 priorities = st.sampled_from(Priority)
@@ -82,10 +82,16 @@ class Record:
     life_ms: int = 0
     moved_by: str = ""
     aside_by: str = ""
+    place: str = ""  # under the limit: running, called, parked
 
     @property
     def in_flight(self) -> bool:
         return self.state in ("pending", "in_progress")
+
+    @property
+    def standing(self) -> tuple[int, int]:
+        """The less, the earlier it starts."""
+        return self.priority, self.order
 
 
 @dataclass
@@ -115,6 +121,8 @@ REACHED = {
     ("take", "started empty"),
     ("start", "started superseded unknown"),
     ("renew", "renewed lost"),
+    ("admit", "admitted parked lost"),
+    ("model", "called"),
     ("complete", "stored already lost"),
     ("fail", "failed lost"),
     ("retry", "retried already lost"),
@@ -140,6 +148,7 @@ class Machine(RuleBasedStateMachine):
         self.world = World()
         self.orders = 0
         self.newest_token = 0
+        self.places = 1
         #: everything ever handed out, for zombies and duplicates
         self.attempts: dict[str, list[Attempt]] = {uri: [] for uri in URIS}
         self.tickets: dict[str, list[str]] = {uri: [] for uri in URIS}
@@ -166,7 +175,25 @@ class Machine(RuleBasedStateMachine):
         if not delayed:
             self.world.lists[rank].insert(0 if front else len(self.world.lists[rank]), job_id)
 
+    def vacate(self, record: Record) -> None:
+        record.place = ""
+        self.call_up()
+
+    def call_up(self) -> None:
+        """Free places go to those who wait, in the order of the line; their tickets go to the front."""
+        waiting = sorted(self.placed("parked"), key=lambda record: record.standing)
+        chosen = waiting[: max(self.places - len(self.placed("running", "called")), 0)]
+        for record in reversed(chosen):
+            Watched.seen.add(("model", "called"))
+            record.place, record.delayed = "called", False
+            self.world.jobs[record.job_id] = "queued"
+            self.world.lists[record.priority].insert(0, record.job_id)
+
+    def placed(self, *places: str) -> list[Record]:
+        return [record for record in self.world.records.values() if record.place in places]
+
     def back_in_line(self, record: Record, job_id: str, *, delayed: bool = False) -> None:
+        self.vacate(record)
         record.state, record.job_id, record.lapsed, record.delayed = "pending", job_id, False, delayed
         record.token, record.execution = 0, ""
 
@@ -185,6 +212,7 @@ class Machine(RuleBasedStateMachine):
         """An attempt begins: what its holder is told agrees with the model."""
         record.attempts += 1
         record.state, record.execution, record.token = "in_progress", execution, int(attempt.token)
+        record.place = "running" if record.place == "called" else ""
         record.lapsed = record.delayed = record.quarantined = record.negative = False
         assert record.token > self.newest_token, "tokens rise"
         self.newest_token = record.token
@@ -194,6 +222,7 @@ class Machine(RuleBasedStateMachine):
 
     def landed(self, record: Record, state: str) -> None:
         record.state, record.token, record.execution, record.lapsed = state, 0, "", False
+        self.vacate(record)
 
     def died(self, uri: str, record: Record, job_id: str, *, delayed: bool) -> str:
         record.crashes += 1
@@ -317,12 +346,15 @@ class Machine(RuleBasedStateMachine):
             self.push(uri, job_id, request.priority)
         return outcome
 
-    @initialize(priority=priorities)
-    def begin_busy(self, priority: Priority) -> None:
-        """All requests are there and one runs: where most histories have got to."""
+    @initialize(priority=priorities, places=st.sampled_from([1, 2]), crowded=st.booleans())
+    def begin_busy(self, priority: Priority, places: int, crowded: bool) -> None:
+        """All requests are there and one runs, or all places are taken: where most histories have got to."""
+        self.places = places
         for uri in URIS:
             self.submit_plainly(uri, priority)
-        self.take(resend=False)
+        self.take_one()
+        while crowded and any(self.world.lists):
+            self.take_one()
 
     @precondition(lambda self: len(self.world.records) < len(URIS) or not any(self.world.lists))
     @rule(priority=priorities)
@@ -392,9 +424,14 @@ class Machine(RuleBasedStateMachine):
     # -- attempts
 
     @precondition(lambda self: any(self.world.lists))
-    @rule()
-    def take_one(self) -> None:
+    @rule(asks=st.booleans())
+    def take_one(self, asks: bool = True) -> None:
+        """As a worker does, for a route with a limit or without."""
+        before = self.world.taken
         self.take(resend=False)
+        if asks and self.world.taken is not None and self.world.taken != before:
+            uri = self.world.taken[1]
+            self.ask_for_a_place(uri, self.attempts[uri][-1])
 
     @precondition(lambda self: any(self.world.lists) or self.world.taken)
     @rule(resend=seldom)
@@ -417,6 +454,12 @@ class Machine(RuleBasedStateMachine):
         self.began(uri, self.world.records[uri], execution, answer)
         self.world.taken = execution, uri
 
+    @staticmethod
+    def forgive(record: Any) -> None:
+        """The ticket of a failed request starts it anew."""
+        if record.state == "failed":
+            record.crashes = record.retries = 0
+
     def popped(self) -> str | None:
         """The request that a take starts; superseded tickets in front of it are thrown away."""
         for waiting in self.world.lists:
@@ -425,7 +468,8 @@ class Machine(RuleBasedStateMachine):
                 self.world.jobs.pop(job_id, None)
                 uri = self.uri_of(job_id)
                 record = self.world.records.get(uri)
-                if record is not None and record.state == "pending" and record.job_id == job_id:
+                if record is not None and record.state in ("pending", "failed") and record.job_id == job_id:
+                    self.forgive(record)
                     return uri
         return None
 
@@ -447,8 +491,7 @@ class Machine(RuleBasedStateMachine):
             assert int(answer.token) == record.token
         elif record.state in ("pending", "failed") and record.job_id == job_id:
             assert isinstance(answer, Attempt)
-            if record.state == "failed":
-                record.crashes = record.retries = 0
+            self.forgive(record)
             self.began(uri, record, execution, answer)
         else:
             assert answer == record.state
@@ -485,6 +528,34 @@ class Machine(RuleBasedStateMachine):
         assert self.rig.word(call) == ("renewed" if holds else "lost")
         if holds:
             record.lapsed = False
+
+    def act_admit(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
+        if holds:
+            self.ask_for_a_place(uri, attempt)
+        else:
+            assert self.rig.word(self.rig.admit(attempt, self.places)) == "lost"
+
+    def ask_for_a_place(self, uri: str, attempt: Attempt) -> None:
+        ticket = self.rig.parking_ticket(attempt)
+        call = self.rig.admit(attempt, self.places, ticket=ticket)
+        wanted = self.asked_for_a_place(uri, self.world.records[uri], ticket.job_id)
+        for _ in range(2):
+            assert self.rig.word(call) == wanted
+
+    def asked_for_a_place(self, uri: str, record: Record, job_id: str) -> str:
+        if record.place == "running":
+            return "admitted"
+        if len(self.placed("running", "called")) >= self.places:
+            last = max(self.placed("called"), key=lambda other: other.standing, default=record)
+            if last.standing <= record.standing:
+                self.back_in_line(record, job_id, delayed=True)
+                self.push(uri, job_id, record.priority, delayed=True)
+                record.attempts -= 1
+                record.place = "parked"
+                return "parked"
+            last.place = ""
+        record.place = "running"
+        return "admitted"
 
     def act_complete(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
         sticky, hours = data.draw(st.booleans()), data.draw(st.integers(0, 3))
@@ -646,6 +717,8 @@ class Machine(RuleBasedStateMachine):
             return
         assert stored.get("job_id", "") == record.job_id
         assert record.state != "pending" or ("due_ms" in stored) == record.delayed
+        assert stored.get("limit") == (LIMIT if record.place else None)
+        assert ("recall" in stored) == (record.place == "parked")
         counts = [int(stored.get(name, 0)) for name in ("attempts", "crashes", "retries", "token")]
         assert counts == [record.attempts, record.crashes, record.retries, record.token]
         assert stored.get("quarantined") == ("1" if record.quarantined else None)
@@ -659,6 +732,14 @@ class Machine(RuleBasedStateMachine):
             expires = self.client.pexpiretime(self.rig.named("result", key=self.key(uri)))
             assert expires - int(stored["ended_ms"]) == record.life_ms
         assert self.client.exists(self.rig.named("result", key=self.key(uri))) == int(record.has_result)
+
+    @invariant()
+    def no_limit_is_exceeded_and_nobody_waits_in_vain(self) -> None:
+        taken = len(self.placed("running", "called"))
+        assert taken <= self.places
+        assert taken == self.places or not self.placed("parked")
+        kinds = {kind: self.client.zcard(self.rig.named(kind, limit=LIMIT)) for kind in ("running", "called", "parked")}
+        assert kinds == {kind: len(self.placed(kind)) for kind in kinds}
 
     @invariant()
     def the_audit_finds_nothing(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import zlib
 from collections import OrderedDict
 from typing import Any
 
@@ -326,14 +327,52 @@ def test_a_request_of_another_version_says_upgrade(fields: dict[Any, Any]) -> No
         unpack(msgpack.packb(fields))
 
 
+LONG = "https://api.example.org/v1/cities/FR?min_population=100000&format=csv"
+
+
+def test_beside_its_identity_a_request_takes_a_third() -> None:
+    request = BatchRequest(LONG)
+    packed = request.pack_beside(request.identity)
+    assert len(packed) < 30 < 77 == len(request.pack())
+    again = unpack(packed, request.identity.encode())
+    assert (again, again.uri, again.query) == (request, LONG, request.query)
+
+
+def test_what_gets_no_smaller_beside_its_identity_stays_readable_alone() -> None:
+    request = BatchRequest("/a")
+    assert request.pack_beside(request.identity) == request.pack()
+
+
+@given(st.sampled_from(["/a", LONG, f"{LONG}#top", "x" * 5_000]), options, lives)
+def test_a_request_packed_beside_its_identity_comes_back_the_same(
+    uri: str, chosen: dict[str, Any], life: dict[str, Any]
+) -> None:
+    request = BatchRequest(uri, **chosen, **life)
+    again = unpack(request.pack_beside(request.identity), request.identity.encode())
+    assert (again, again.uri, again.params) == (request, request.uri, request.params)
+
+
+def test_a_request_beside_another_identity_is_an_error_of_ours() -> None:
+    packed = BatchRequest(LONG).pack_beside(BatchRequest(LONG).identity)
+    for identity in (b"", b"1\n\n/a"):
+        with pytest.raises(InvalidRequest, match="packed request"):
+            unpack(packed, identity)
+
+
+def test_a_packed_request_does_not_unfold_without_end() -> None:
+    deflated = zlib.compress(b"\x00" * 10_000_000, wbits=-15)
+    with pytest.raises(InvalidRequest, match="too many"):
+        unpack(msgpack.packb({"v": 2, "z": deflated}), b"identity")
+
+
 def test_other_buffers_are_read_too() -> None:
     packed = BatchRequest("/a").pack()
     assert unpack(bytearray(packed)) == unpack(memoryview(packed)) == BatchRequest("/a")  # type: ignore[arg-type]
 
 
-def outcome(blob: bytes) -> BatchRequest | RqarmError:
+def outcome(blob: bytes, identity: bytes = b"") -> BatchRequest | RqarmError:
     try:
-        return unpack(blob)
+        return unpack(blob, identity)
     except (InvalidRequest, VersionSkew) as error:
         return error
 
@@ -353,6 +392,7 @@ anything = st.recursive(
             {"v": st.just(1), "u": st.sampled_from(["/a", "", "x:y"])},
             optional=dict.fromkeys("postkqreg", anything),
         ).map(msgpack.packb),
+        st.fixed_dictionaries({"v": st.just(2), "z": st.one_of(anything, st.binary(max_size=60))}).map(msgpack.packb),
     )
 )
 def test_any_bytes_give_a_request_or_an_error_of_ours(blob: bytes) -> None:
@@ -367,3 +407,12 @@ def test_a_damaged_request_never_breaks_the_reader(position: int, byte: int) -> 
     packed[position % len(packed)] = byte
     outcome(bytes(packed))
     outcome(bytes(packed[: position % len(packed)]))
+
+
+@given(st.integers(0, 200), st.integers(0, 255))
+def test_a_damaged_request_beside_its_identity_never_breaks_the_reader(position: int, byte: int) -> None:
+    request = BatchRequest(LONG, **FULL)
+    packed = bytearray(request.pack_beside(request.identity))
+    packed[position % len(packed)] = byte
+    outcome(bytes(packed), request.identity.encode())
+    outcome(bytes(packed[: position % len(packed)]), request.identity.encode())

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from rqarm import RequestManager, codec, connect, embedded, flows
 from rqarm.calls import Attempt, Call, Found, Overdue, Ticket
 from rqarm.errors import ForeignData, KeyConflict, LeaseLost, RqarmError
+from rqarm.keys import URI_FIELDS
 from rqarm.model import TRANSITIONS, Key, Outcome, Priority, State, Token
 from rqarm.request import BatchRequest
 from rqarm.scripts import all_scripts, script
@@ -45,6 +46,9 @@ start other         unknown     superseded  superseded  superseded  superseded  
 start repeated      unknown     started*    started*    started     superseded  started
 take new            empty       started*    empty       empty       empty       empty
 take repeated       empty       started*    empty       started     empty       started
+admit mine          lost        lost        lost        admitted*   lost        admitted*
+admit other         lost        lost        lost        lost        lost        lost
+admit same          lost        parked      parked      parked      parked      parked
 renew mine          lost        lost        lost        renewed*    lost        renewed*
 renew other         lost        lost        lost        lost        lost        lost
 complete mine       lost        lost        lost        stored*     lost        stored*
@@ -87,6 +91,9 @@ start other         superseded  superseded  superseded  superseded  superseded  
 start repeated      superseded  superseded  superseded  started*    started*    started*    superseded
 take new            empty       empty       empty       empty       empty       empty       empty*
 take repeated       empty       empty       empty       empty       empty       empty       empty*
+admit mine          lost        lost        lost        lost        lost        lost        lost
+admit other         lost        lost        lost        lost        lost        lost        lost
+admit same          parked      parked      parked      parked      parked      parked      parked
 renew mine          lost        lost        lost        lost        lost        lost        lost
 renew other         lost        lost        lost        lost        lost        lost        lost
 complete mine       already     already     already     lost        lost        lost        lost
@@ -118,6 +125,51 @@ sweep -             swept       swept       swept       swept       swept       
 clear all           cleared*    cleared*    cleared*    cleared     cleared     cleared     cleared
 clear temporary     cleared*    cleared     cleared*    cleared     cleared     cleared     cleared
 stats -             stats       stats       stats       stats       stats       stats       stats
+""", """
+                    placed      full        called      parked
+submit new          joined      joined      joined      joined
+submit same         new         new         new         new
+submit again        joined      joined      joined      joined
+submit impostor     conflict    conflict    conflict    conflict
+start same          superseded  superseded  started*    started*
+start other         superseded  superseded  superseded  superseded
+start repeated      started     started     started*    started*
+take new            empty       empty       started*    empty
+take repeated       started     started     started*    empty
+admit mine          admitted    parked*     lost        lost
+admit other         lost        lost        lost        lost
+admit same          parked      parked      parked      parked
+renew mine          renewed*    renewed*    lost        lost
+renew other         lost        lost        lost        lost
+complete mine       stored*     stored*     lost        lost
+complete other      lost        lost        lost        lost
+fail mine           failed*     failed*     lost        lost
+fail other          lost        lost        lost        lost
+retry mine          retried*    retried*    lost        lost
+retry other         lost        lost        lost        lost
+retry same          already     already     already     already
+release mine        released*   released*   lost        lost
+release other       lost        lost        lost        lost
+release same        already     already     already     already
+crash mine          requeued*   requeued*   alive       alive
+crash other         alive       alive       alive       alive
+crash clock         alive       alive       alive       alive
+crash same          already     already     already     already
+revive mine         alive       alive       revived*    revived*
+revive other        alive       alive       alive       alive
+revive same         already     already     already     already
+cancel -            cancelled*  cancelled*  cancelled*  cancelled*
+forget -            in_flight   in_flight   in_flight   in_flight
+put new             stored*     stored*     stored*     stored*
+put impostor        conflict    conflict    conflict    conflict
+read -              found       found       found       found
+locate -            found       found       found       found
+browse line         page        page        page        page
+browse results      page        page        page        page
+sweep -             swept       swept       swept       swept
+clear all           cleared     cleared     cleared     cleared
+clear temporary     cleared     cleared     cleared     cleared
+stats -             stats       stats       stats       stats
 """)
 # fmt: on
 
@@ -170,6 +222,9 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             return rig.start(key, seeded.job_id if variant == "same" else ticket.job_id)
         case "take", _:
             return rig.take(seeded.execution if variant == "repeated" else "")
+        case "admit", _:
+            waits = rig.parking_ticket(attempt)
+            return rig.admit(attempt, ticket=replace(waits, job_id=same.job_id) if variant == "same" else waits)
         case "renew", _:
             return rig.calls.renew(attempt, 2 * LEASE_MS)
         case "complete", _:
@@ -301,6 +356,18 @@ def _last_crash(rig: Rig) -> Call[Any]:
     return rig.crash(seeded.key, seeded.attempt.token, rig.ticket(REQUEST))
 
 
+def _foreign(rig: Rig) -> Call[Any]:
+    lists = rig.jobs.lists("arm")
+    rig.client.rpush(lists[1], "somebody-elses-job")
+    return rig.take_any(lists, for_rq=True)
+
+
+def _suspended(rig: Rig) -> Call[Any]:
+    rig.client.set(rig.jobs.suspended, 1)
+    rig.seed("pending", REQUEST)
+    return rig.take_any(rig.jobs.lists("arm"), for_rq=True)
+
+
 def chunked(rig: Rig) -> codec.Envelope:
     """The envelope of a result in three pieces, none of which is stored."""
     small = replace(rig.settings, inline_bytes=10, chunk_bytes=1_000)
@@ -317,6 +384,8 @@ SPECIAL: dict[tuple[str, str], tuple[Callable[[Rig], Call[Any]], str]] = {
     ("complete", "torn"): (_torn, "torn"),
     ("put", "torn"): (_torn_put, "torn"),
     ("crash", "quarantined"): (_last_crash, "already"),
+    ("take", "foreign"): (_foreign, "foreign"),
+    ("take", "suspended"): (_suspended, "suspended"),
 }
 
 
@@ -422,6 +491,89 @@ def test_a_conflict_names_the_other_request(rig: Rig) -> None:
     with pytest.raises(KeyConflict) as caught:
         rig.ask(rig.submit(IMPOSTOR))
     assert caught.value.theirs == rig.core.identify(REQUEST).text
+
+
+# -- the identity in pieces
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 192, 193, 5_000])
+def test_an_identity_of_any_length_is_compared_and_read_whole(rig: Rig, length: int) -> None:
+    uri = "/" + "x" * (length - len("1\n\n/"))
+    request = BatchRequest(uri, key="k", sticky=True)
+    other, longer, shorter = (BatchRequest(text, key="k") for text in (f"{uri[:-1]}y", f"{uri}x", uri[:-1] or "/a"))
+    rig.ask(rig.submit(request))
+    assert len("".join(rig.record(request.key).get(name, "") for name in URI_FIELDS)) == max(length, 4)
+    for impostor in (other, longer, shorter):
+        with pytest.raises(KeyConflict) as caught:
+            rig.ask(rig.submit(impostor))
+        assert caught.value.theirs == request.identity
+        assert rig.word(rig.put(impostor, "owner")) == "conflict"
+    assert rig.ask(rig.submit(BatchRequest(uri, key="k"))).status.uri == uri
+    assert rig.ask(rig.calls.find(request.key)) == request
+    assert rig.ask(rig.take()).request == request
+    rig.lapse(request.key)
+    assert [found.uri for found in rig.ask(rig.calls.sweep("arm")).lapsed] == [uri]
+
+
+@pytest.mark.parametrize("length", [70, 190])
+def test_the_record_of_a_usual_request_is_stored_as_a_list(rig: Rig, length: int) -> None:
+    """One value above 64 bytes, and the server stores the record as a table, which takes twice as much."""
+    request = BatchRequest("https://example.org/v1/cities?" + "&".join(f"p{n}=v{n}" for n in range(50))[: length - 33])
+    attempt = rig.begin(request, worker="a-host-with-a-name.4711.4711")
+    assert rig.client.object("ENCODING", rig.keys.status(request.key)) == b"listpack"
+    assert rig.client.memory_usage(rig.keys.status(request.key)) < 1_000
+    assert rig.word(rig.complete(attempt)) == "stored"
+    assert rig.client.object("ENCODING", rig.keys.status(request.key)) == b"listpack"
+
+
+def test_a_completed_record_keeps_what_readers_see_and_what_repeats_are_known_by(rig: Rig) -> None:
+    request = BatchRequest("/slow", ttl=60)
+    attempt = rig.begin(request)
+    rig.reply(rig.calls.retry(attempt, rig.ticket(request), delay_ms=1, kwargs=codec.pack({"a": 1}), error=ERROR))
+    attempt = rig.ask(rig.take())
+    rig.reply(rig.calls.renew(attempt, LEASE_MS, b'{"fraction": 0.5, "message": ""}'))
+    assert rig.word(rig.complete(attempt)) == "stored"
+    assert rig.record(request.key).keys() == {
+        "state", "uri", "request", "job_id", "queue", "priority", "sticky", "est_ms", "submitted_ms", "started_ms",
+        "ended_ms", "attempts", "retries", "worker", "done_token",
+    }  # fmt: skip
+    assert rig.client.hkeys(rig.named("result", key=request.key)) == [b"owner", b"envelope", b"bytes"]
+
+
+def in_the_earlier_form(rig: Rig, request: BatchRequest) -> None:
+    """The record as it was before the identity lay in pieces and the request beside it."""
+    status = rig.keys.status(request.key)
+    rig.client.hdel(status, *URI_FIELDS)
+    rig.client.hset(status, mapping={"uri": request.identity, "request": request.pack()})
+
+
+EARLIER = BatchRequest("https://api.example.org/v1/cities/FR?min_population=100000&format=csv", key="earlier")
+
+
+@pytest.mark.parametrize("end", ["complete", "fail", "retry", "release", "lapse", "cancel", "put"])
+def test_a_record_of_the_earlier_form_is_joined_found_and_ended(rig: Rig, end: str) -> None:
+    rig.seed("pending", EARLIER)
+    in_the_earlier_form(rig, EARLIER)
+    assert rig.word(rig.submit(EARLIER)) == "joined"
+    with pytest.raises(KeyConflict):
+        rig.ask(rig.submit(BatchRequest(f"{EARLIER.uri}x", key="earlier")))
+    assert rig.ask(rig.calls.read(EARLIER.key, with_value=False)).status.uri == EARLIER.canonical
+    assert rig.ask(rig.calls.find(EARLIER.key)) == EARLIER
+    attempt = rig.ask(rig.take())
+    assert attempt.request == EARLIER
+    word, state = {
+        "complete": lambda: (rig.word(rig.complete(attempt)), "completed"),
+        "fail": lambda: (rig.word(rig.fail(attempt)), "failed"),
+        "retry": lambda: (rig.word(rig.retry(attempt, rig.ticket(EARLIER))), "pending"),
+        "release": lambda: (rig.word(rig.calls.release(attempt, rig.front_ticket(EARLIER))), "pending"),
+        "lapse": lambda: (rig.lapse(EARLIER.key) or rig.run(flows.sweep(rig.core)), "pending"),
+        "cancel": lambda: (rig.word(rig.calls.cancel(EARLIER.key)), "cancelled"),
+        "put": lambda: (rig.word(rig.put(EARLIER, "owner")), "completed"),
+    }[end]()
+    assert word
+    assert rig.state(EARLIER.key) is State(state)
+    assert rig.ask(rig.calls.read(EARLIER.key, with_value=False)).status.uri == EARLIER.canonical
+    audit(rig.client, rig.keys)
 
 
 # -- joins
@@ -767,6 +919,104 @@ def test_the_ticket_of_another_namespace_stays_in_a_shared_queue(redis_client: r
     assert isinstance(theirs.ask(theirs.take()), Attempt)
 
 
+def test_for_an_rq_worker_a_job_of_somebody_else_is_the_next_one(rig: Rig) -> None:
+    high, default, _ = lists = rig.jobs.lists("arm")
+    rig.client.rpush(high, "somebody-elses-job")
+    seeded = rig.seed("pending")
+    taken = rig.ask(rig.take_any(lists, for_rq=True))
+    assert (taken.attempt, taken.reason, taken.list) == (None, "foreign", high)
+    rig.client.delete(high)
+    taken = rig.ask(rig.take_any(lists, for_rq=True))
+    assert (taken.attempt.key, taken.list) == (seeded.key, default)
+
+
+def test_a_ticket_whose_record_somebody_else_has_written_is_left_to_rqs_way(rig: Rig) -> None:
+    seeded = rig.seed("pending")
+    _, default, _ = lists = rig.jobs.lists("arm")
+    rig.client.set(rig.keys.status(seeded.key), "somebody else's")
+    before = stored(rig)
+    taken = rig.ask(rig.take_any(lists, for_rq=True))
+    assert (taken.attempt, taken.reason, taken.list) == (None, "foreign", default)
+    assert stored(rig) == before
+
+
+def test_the_rq_job_of_what_an_rq_worker_takes_lies_there_until_the_attempt_ends(rig: Rig) -> None:
+    for end in ("complete", "retry", "release"):
+        seeded = rig.seed("pending", f"/{end}")
+        (job_id,) = rig.waiting()[1]
+        attempt = rig.ask(rig.take_any(rig.jobs.lists("arm"), for_rq=True)).attempt
+        assert (attempt.key, attempt.job_id, attempt.owns_job) == (seeded.key, job_id, True)
+        assert rig.client.hget(f"{rig.jobs.job_prefix}{job_id}", "status") == b"queued"
+        ticket = rig.ticket(attempt.request)
+        call = {
+            "complete": lambda attempt=attempt: rig.complete(attempt),
+            "retry": lambda attempt=attempt, ticket=ticket: rig.retry(attempt, ticket),
+            "release": lambda attempt=attempt, ticket=ticket: rig.calls.release(attempt, ticket),
+        }[end]()
+        rig.reply(call)
+        assert not rig.client.exists(f"{rig.jobs.job_prefix}{job_id}")
+        rig.client.delete(*rig.jobs.lists("arm"))
+
+
+def test_a_second_ticket_of_what_an_rq_worker_runs_does_not_cost_it_its_job(rig: Rig) -> None:
+    rig.seed("pending")
+    (job_id,) = rig.waiting()[1]
+    lists = rig.jobs.lists("arm")
+    assert rig.ask(rig.take_any(lists, for_rq=True)).attempt is not None
+    rig.client.rpush(lists[1], job_id)
+    assert rig.ask(rig.take_any(lists, for_rq=True)).reason == "empty"
+    assert rig.client.exists(f"{rig.jobs.job_prefix}{job_id}")
+
+
+def test_an_rq_worker_that_is_suspended_takes_nothing(rig: Rig) -> None:
+    rig.seed("pending")
+    lists = rig.jobs.lists("arm")
+    rig.client.set(rig.jobs.suspended, 1)
+    before = stored(rig)
+    assert rig.ask(rig.take_any(lists, for_rq=True)).reason == "suspended"
+    assert stored(rig) == before
+    assert isinstance(rig.ask(rig.take()), Attempt), "the pull interface is no worker of RQ"
+
+
+def test_a_take_without_lists_finds_only_what_the_same_execution_took(rig: Rig) -> None:
+    """How the parent of a dead process learns what that had taken."""
+    seeded = rig.seed("pending")
+    lists = rig.jobs.lists("arm")
+    assert rig.ask(rig.take_any((), "horse.1", for_rq=True)).attempt is None
+    attempt = rig.ask(rig.take_any(lists, "horse.1", for_rq=True)).attempt
+    rig.client.set(rig.jobs.suspended, 1)
+    found = rig.ask(rig.take_any((), "horse.1", for_rq=True))
+    assert (found.attempt.key, found.attempt.token, found.list) == (seeded.key, attempt.token, "")
+    assert rig.ask(rig.take_any((), "horse.2", for_rq=True)).attempt is None
+
+
+def test_two_takers_of_one_worker_do_not_forget_each_other(rig: Rig) -> None:
+    rig.seed("pending", "/a")
+    rig.seed("pending", "/b")
+    lists = rig.jobs.lists("arm")
+    calls = [rig.calls.take(lists, f"x.{lane}", f"w/{lane}", "w", 60_000, for_rq=True) for lane in (0, 1)]
+    first = [rig.ask(call).attempt.key for call in calls]
+    again = [rig.ask(call).attempt.key for call in calls]
+    assert first == again
+    assert len(set(first)) == 2
+
+
+@pytest.mark.parametrize("state", ["failed", "quarantined"])
+def test_the_ticket_of_a_failed_request_starts_it_anew_for_a_taker_too(rig: Rig, state: str) -> None:
+    """What `rq requeue` does."""
+    seeded = rig.seed(state)
+    rig.client.hset(rig.keys.status(seeded.key), mapping={"crashes": 2, "retries": 1})
+    job_id = rig.record(seeded.key)["job_id"]
+    (_, default, _) = rig.jobs.lists("arm")
+    rig.client.delete(default)
+    rig.client.rpush(default, job_id)
+    attempt = rig.ask(rig.take_any(rig.jobs.lists("arm"), for_rq=True)).attempt
+    assert (attempt.key, attempt.crashes, attempt.retries, attempt.job_id) == (seeded.key, 0, 0, job_id)
+    assert rig.client.ttl(rig.keys.status(seeded.key)) == -1
+    rig.reply(rig.complete(attempt))
+    audit(rig.client, rig.keys)
+
+
 def test_a_duplicate_ticket_starts_nothing(rig: Rig) -> None:
     seeded = rig.seed("pending")
     (_, default, _) = rig.jobs.lists("arm")
@@ -925,6 +1175,30 @@ def test_a_request_whose_ticket_is_lost_gets_one_new_ticket_in_a_lease(
     assert heal(rig) == 0
     assert rig.word(rig.start(seeded.key, seeded.job_id)) == "superseded"
     assert isinstance(rig.ask(rig.start(seeded.key, rig.record(seeded.key)["job_id"])), Attempt)
+
+
+@pytest.mark.parametrize("verb", ["retry", "release", "crash", "revive", "submit"])
+def test_the_job_of_a_replaced_ticket_does_not_stay_for_ever(rig: Rig, verb: str) -> None:
+    """Who popped it may have died before telling RQ; then nobody else deletes it."""
+    seeded = rig.seed("pending", REQUEST)
+    assert rig.client.ttl(f"{rig.jobs.job_prefix}{seeded.job_id}") == -1
+    if verb != "revive":
+        seeded = replace(seeded, attempt=rig.ask(rig.start(seeded.key, seeded.job_id)))
+    if verb == "submit":
+        rig.lapse(seeded.key)
+    rig.reply(call_of(rig, verb, "mine", seeded))
+    current = rig.record(seeded.key)["job_id"]
+    assert current != seeded.job_id
+    assert rig.client.ttl(f"{rig.jobs.job_prefix}{current}") == -1
+    assert 0 < rig.client.ttl(f"{rig.jobs.job_prefix}{seeded.job_id}") <= 86_400
+
+
+def test_the_end_that_rq_gave_a_replaced_ticket_stays(rig: Rig) -> None:
+    seeded = rig.seed("pending")
+    attempt = rig.ask(rig.start(seeded.key, seeded.job_id))
+    rig.client.expire(f"{rig.jobs.job_prefix}{seeded.job_id}", 60)
+    rig.reply(rig.calls.release(attempt, rig.front_ticket(seeded.request)))
+    assert 0 < rig.client.ttl(f"{rig.jobs.job_prefix}{seeded.job_id}") <= 60
 
 
 @pytest.mark.parametrize("lose", [lose_job, rq_empty, flush_rq])

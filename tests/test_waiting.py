@@ -33,7 +33,7 @@ from rqarm import (
     flows,
     listen,
 )
-from rqarm.calls import Batch, Call, Found
+from rqarm.calls import Batch, Call, Found, Taken
 from rqarm.config import Settings
 from rqarm.flows import RECHECK, Core, Emit, Listen, Watch
 from rqarm.model import Key
@@ -213,24 +213,24 @@ def test_each_end_is_emitted_once(core: Core) -> None:
 def test_a_taker_waits_behind_the_newest_event_it_knows(core: Core, clock: Clock) -> None:
     flow = flows.take(core, None, "me", 6.0)
     assert verbs(flow.send(None)) == ["take"]
-    step = flow.send("17-3")
+    step = flow.send(Taken(None, "empty", last_event="17-3"))
     assert (step.argv[0], step.argv[-1]) == ("XREAD", "17-3")  # type: ignore[union-attr]
     assert step.waits  # type: ignore[union-attr]
     clock.now = 5.0
     assert verbs(flow.send([])) == ["take"]
-    step = flow.send("17-9")
+    step = flow.send(Taken(None, "empty", last_event="17-9"))
     assert (step.argv[4], step.argv[-1]) == (1000, "17-9")  # type: ignore[union-attr]
     clock.now = 6.0
     flow.send([])
     with pytest.raises(StopIteration) as end:
-        flow.send("17-9")
+        flow.send(Taken(None, "empty", last_event="17-9"))
     assert end.value.value is None
 
 
 def test_each_take_has_an_id_of_its_own(core: Core) -> None:
     flow = flows.take(core, None, "me", None)
     first = flow.send(None)
-    flow.send("0-0")
+    flow.send(Taken(None, "empty", last_event="0-0"))
     second = flow.send([])
     assert first.argv != second.argv  # type: ignore[union-attr]
 
@@ -476,11 +476,11 @@ def test_a_client_of_a_sentinel_gets_a_pool_for_waiting_too(module: Any) -> None
     from redis.asyncio.sentinel import Sentinel as AsyncSentinel
     from redis.sentinel import Sentinel
 
-    from rqarm.shell import _sibling
+    from rqarm.shell import sibling
 
     sentinel: Any = (Sentinel if module is redis else AsyncSentinel)([("localhost", 1)])
     client = sentinel.master_for("main", socket_timeout=3)
-    twin = _sibling(client)
+    twin = sibling(client)
     assert type(twin.connection_pool) is type(client.connection_pool)
     assert twin.connection_pool is not client.connection_pool
     assert twin.connection_pool.service_name == "main"

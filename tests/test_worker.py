@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import shutil
@@ -17,6 +18,7 @@ import pytest
 import redis
 import rq
 import servers
+from audit import audit
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 from rq.command import send_kill_horse_command, send_stop_job_command
 from rq.job import Job, JobStatus
@@ -40,7 +42,7 @@ from rqarm import (
     embedded,
 )
 from rqarm.calls import Call
-from rqarm.rqjobs import GRACE, PERFORM
+from rqarm.rqjobs import PERFORM
 from rqarm.shell import Shell
 from rqarm.worker import execution, rqworker, use_handlers
 
@@ -97,6 +99,37 @@ def test_other_jobs_on_the_queue_run_as_under_rq(team: Crew) -> None:
     assert bad.get_status(refresh=True) is JobStatus.FAILED
     assert "missing 1 required positional argument" in bad.latest_result().exc_string
     assert "signal 9" in dead.latest_result().exc_string
+
+
+@pytest.mark.parametrize("kind", ["rq.worker.Worker", "rqarm.Worker"])
+def test_a_limit_holds_across_workers_in_the_order_of_the_line(
+    home: embedded.PrivateServer, tmp_path: Any, kind: str
+) -> None:
+    """Three workers and two places: the third parks what comes, and runs what has no limit meanwhile."""
+    with crew(home.url, tmp_path) as hired:
+        for worker in [hired.start(kind) for _ in range(3)]:
+            hired.wait_for(worker)
+        rm, names = hired.rm, [str(n) for n in range(12)]
+        keys = []
+        for name in names:
+            keys.append(rm.submit(f"/limited/{name}").key)
+            if name in names[:2]:
+                hired.running(name)
+        parked = f"{hired.name}:parked:/limited/{{name}}"
+        eventually(lambda: rm.connection.zcard(parked) == 10, 20, "all others are parked")
+        assert rm.get("/add/1/2", timeout=20) == 3
+        assert rm.submit("/limited/11").outcome == "joined"
+        for name, next_name in zip(names, [*names[2:], "", ""], strict=True):
+            hired.let_go(name)
+            if next_name:
+                hired.running(next_name)
+        for status in hired.settle(*keys):
+            assert (status.state, status.attempts) == (State.COMPLETED, 1)
+        marks = (hired.directory / "notes" / "limited").read_text().split()
+        assert [mark[1:] for mark in marks if mark[0] == "+"] == names
+        running = list(itertools.accumulate(1 if mark[0] == "+" else -1 for mark in marks))
+        assert max(running) == 2
+        audit(rm.connection, rm.core.keys)
 
 
 # -- a horse dies
@@ -158,8 +191,10 @@ def test_a_handler_that_is_slow_fails_by_its_own_alarm(team: Crew) -> None:
         team.rm.get("/slow/one", timeout=4)
 
 
-def test_what_a_handler_leaves_running_is_killed(team: Crew) -> None:
+def test_what_a_handler_leaves_running_is_killed_with_its_horse(team: Crew) -> None:
     child = team.rm.get("/family/one", timeout=20)
+    assert is_alive(child)
+    os.kill(team.rm.get("/pid/family", timeout=20), signal.SIGKILL)
     eventually(lambda: not is_alive(child))
 
 
@@ -179,10 +214,45 @@ def test_a_cancelled_request_stops_its_horse(team: Crew) -> None:
     assert team.rm.status(key).state is State.CANCELLED
 
 
+def shown(team: Crew, key: str) -> Job:
+    """RQ's job of a running request, once RQ's tools show it."""
+    job = team.job(key)
+
+    def is_started() -> bool:
+        job.refresh()
+        return job.worker_name is not None
+
+    eventually(is_started)
+    return job
+
+
+def test_what_runs_for_longer_than_a_moment_is_shown_by_rqs_tools(team: Crew) -> None:
+    (worker,) = team.workers
+
+    def count() -> int:
+        return int(team.rm.connection.hget(f"rq:worker:{worker.name}", "successful_job_count") or 0)
+
+    before = count()
+    key = team.rm.submit("/wait/seen").key
+    job = shown(team, key)
+    assert job.get_status() is JobStatus.STARTED
+    assert job.id in job.started_job_registry.get_job_ids()
+    assert team.state_of(worker) == b"busy"
+    (listed,) = rq.Worker.all(queue=rq.Queue(team.name, connection=team.rm.connection, serializer=JSONSerializer))
+    assert listed.get_current_job_id() == job.id
+    team.let_go("seen")
+    assert team.rm.result(key, timeout=20) == "seen 1"
+    eventually(lambda: team.state_of(worker) == b"idle")
+    assert job.started_job_registry.get_job_ids() == []
+    assert not team.rm.connection.exists(job.key)
+    assert team.rm.connection.keys("rq:execution*") == []
+    eventually(lambda: count() > before)
+
+
 def test_rqs_stop_command_cancels_the_request(team: Crew) -> None:
     key = team.rm.submit("/wait/stopped").key
     horse = team.running("stopped")
-    job = team.job(key)
+    job = shown(team, key)
     send_stop_job_command(team.rm.connection, job.id, serializer=JSONSerializer)
     status = team.reaches(key, State.CANCELLED)
     assert (status.attempts, is_alive(horse)) == (1, False)
@@ -267,12 +337,15 @@ def _now(team: Crew) -> float:
 
 
 def test_a_horse_that_is_busy_with_rqs_records_is_left_in_peace(team: Crew) -> None:
-    """The attempt has ended, the horse not yet: killed now, RQ would note a failure."""
+    """The attempt has ended, the horse not yet."""
+    horse = team.rm.get("/pid/epilogue", timeout=20)
     key = team.rm.submit("/epilogue/1.4").key
+    (status,) = team.settle(key)
+    assert status.state is State.FAILED
     job = team.job(key)
-    assert team.rm.result(key, timeout=20) == "done"
-    eventually(lambda: job.get_status(refresh=True) in (JobStatus.FINISHED, JobStatus.FAILED))
-    assert job.get_status() is JobStatus.FINISHED
+    eventually(lambda: job.get_status(refresh=True) is JobStatus.FAILED)
+    assert "an epilogue" in job.latest_result().exc_string
+    assert team.rm.get("/pid/after-epilogue", timeout=20) == horse
 
 
 def test_a_delayed_retry_comes_with_rqs_scheduler(home: embedded.PrivateServer, tmp_path: Any) -> None:
@@ -350,7 +423,7 @@ def work(url: str, kind: type[Worker] = Worker) -> Worker:
         return burst(client, kind=kind)
 
 
-@pytest.mark.parametrize("verb", ["start", "crash"])
+@pytest.mark.parametrize("verb", ["crash"])
 def test_a_refused_transition_of_the_parent_is_sent_again(
     rm: RequestManager, url: str, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
@@ -363,7 +436,7 @@ def test_a_refused_transition_of_the_parent_is_sent_again(
     assert "exited with code 7" in status.error["message"]
 
 
-def test_a_job_that_rq_cannot_note_goes_back_unharmed(rm: RequestManager, url: str) -> None:
+def test_a_job_that_rq_cannot_note_goes_back_to_its_queue(rm: RequestManager, url: str) -> None:
     class Refused(Worker):
         refusals = 2
 
@@ -374,11 +447,11 @@ def test_a_job_that_rq_cannot_note_goes_back_unharmed(rm: RequestManager, url: s
                 raise OutOfMemoryError("OOM")
             return execution
 
-    key = rm.submit("/add/1/2").key
+    queue = rq.Queue("arm", connection=rm.connection, serializer=JSONSerializer)
+    job = queue.enqueue("app.plain", 1)
     worker = work(url, Refused)
-    assert (rm.result(key), rm.status(key).attempts) == (3, 1)
-    assert worker.executions == {}
-    assert rm.connection.hget(f"arm:status:{key}", "crashes") is None
+    assert job.return_value(refresh=True) == 2
+    assert (worker.refusals, worker.executions) == (0, {})
 
 
 def test_a_heartbeat_that_is_refused_does_not_end_the_worker(rm: RequestManager, url: str) -> None:
@@ -408,60 +481,11 @@ def test_the_listener_for_commands_outlives_a_server_that_refuses(
             worker._pubsub_exception_handler(ValueError(), None, None)
 
 
-def test_a_sigterm_while_a_request_is_being_started_lets_it_finish(rm: RequestManager, url: str) -> None:
-    class Interrupted(Worker):
-        def _start(self, job: Job) -> Any:
-            run = super()._start(job)
-            signal.raise_signal(signal.SIGTERM)
-            return run
-
-    first, second = rm.submit_many(["/add/1/2", "/add/2/2"])
-    work(url, Interrupted)
-    assert [rm.status(status.key).state for status in (first, second)] == [State.COMPLETED, State.PENDING]
-    assert rm.cache.stats().in_progress == 0
-
-
 def test_stopping_a_horse_that_is_not_there_stops_nobody(rm: RequestManager, url: str) -> None:
     with connect.open_client(url) as client:
         worker = Worker(["arm"], connection=client)
         worker.kill_horse()
         assert worker.horse_pid == 0
-
-
-def test_a_stop_that_comes_before_the_fork_cancels_the_request(rm: RequestManager, url: str) -> None:
-    class Stopped(Worker):
-        def fork_work_horse(self, job: Job, queue: rq.Queue) -> None:
-            assert self.execution is not None
-            self.request_stop_execution(self.execution.id)
-            super().fork_work_horse(job, queue)
-
-    handlers = Handlers()
-    handlers.route("/pause")(lambda request, context: signal.pause())
-    use_handlers(handlers)
-    key = rm.submit("/pause").key
-    work(url, Stopped)
-    assert rm.status(key).state is State.CANCELLED
-
-
-def test_leases_are_renewed_in_time_whatever_interval_rq_is_told(rm: RequestManager, url: str) -> None:
-    with connect.open_client(url) as client:
-        assert Worker(["arm"], connection=client, job_monitoring_interval=30).job_monitoring_interval == 1
-        assert Worker(["arm"], connection=client).job_monitoring_interval == 1
-
-
-def test_rqs_own_limit_never_comes_before_the_routes(rm: RequestManager, url: str) -> None:
-    handlers = Handlers()
-    handlers.route("/long", timeout=7200)(lambda request, context: None)
-    use_handlers(handlers)
-    rm.submit("/long")
-    with connect.open_client(url) as client:
-        worker = Worker(["arm"], connection=client)
-        found = worker.dequeue_job_and_maintain_ttl(None)
-        assert found is not None
-        assert found[0].timeout == 3600 + GRACE
-        run = worker._start(found[0])
-        assert run is not None
-        assert (run.limit, found[0].timeout) == (7200, 7200 + GRACE)
 
 
 def test_handlers_that_cannot_be_loaded_are_an_error_of_the_operator(
@@ -481,8 +505,7 @@ def test_a_request_leaves_nothing_behind_in_rq(rm: RequestManager, url: str) -> 
     arguments = {"connection": rm.connection, "serializer": JSONSerializer}
     assert StartedJobRegistry("arm", **arguments).get_job_ids(cleanup=False) == []
     assert FailedJobRegistry("arm", **arguments).get_job_ids(cleanup=False) == []
-    assert Job.fetch(job_id, **arguments).get_status() is JobStatus.FINISHED
-    assert rm.connection.keys("rq:execution*") == []
+    assert rm.connection.keys(f"rq:*{job_id}*") + rm.connection.keys("rq:execution*") == []
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="no unshare")
@@ -505,8 +528,8 @@ def test_the_first_process_of_a_container_can_be_a_worker(home: embedded.Private
 
 def test_no_job_of_ours_is_pickled(team: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("unpickled"))
-    key = team.rm.submit("/add/40/2").key
-    job = team.job(key)
-    assert team.rm.result(key, timeout=20) == 42
-    job.refresh()
-    assert job.return_value(refresh=True) is None
+    key = team.rm.submit("/wait/pickled").key
+    job = shown(team, key)
+    assert (job.func_name, job.args) == (PERFORM, [team.name])
+    team.let_go("pickled")
+    assert team.rm.result(key, timeout=20) == "pickled 1"

@@ -100,12 +100,16 @@ class WorkerProcess:
 class Crew:
     """Workers on one server, with a namespace and a queue of their own; all are stopped at the end."""
 
-    def __init__(self, url: str, directory: Path, crash_delay: float | None = None, **settings: Any) -> None:
+    def __init__(
+        self, url: str, directory: Path, crash_delay: float | None = None, handlers: Path = APP, **settings: Any
+    ) -> None:
+        self._handlers = handlers
         self.name = f"crew{secrets.token_hex(3)}"
         self.url, self.directory = url, directory / self.name
         self.directory.mkdir()
         self.settings = {"namespace": self.name, "queue": self.name, "lease": LEASE} | settings
-        self._crash_delay = crash_delay
+        if crash_delay is not None:
+            self.settings["crash_delays"] = (float(crash_delay),)
         self.rm = RequestManager(url, allow_volatile=True, **self.settings)
         self.workers: list[WorkerProcess] = []
 
@@ -119,10 +123,8 @@ class Crew:
         """A new worker that may not listen yet. ``options`` are those of ``rq worker``."""
         name = f"{self.name}-{kind.rpartition('.')[2]}-{len(self.workers)}"
         arguments = (*options, *queue_names(self.name))
-        settings = {"handlers": APP} | self.settings | settings
-        environment = {f"RQARM_{key.upper()}": str(value) for key, value in settings.items()}
-        if self._crash_delay is not None:
-            environment["CRASH_DELAY"] = str(self._crash_delay)
+        settings = {"handlers": self._handlers} | self.settings | settings
+        environment = in_environment(settings)
         worker = WorkerProcess(self.url, self.directory, kind, name, arguments, environment)
         self.workers.append(worker)
         return worker
@@ -194,13 +196,21 @@ class Crew:
 def crew(url: str, directory: Path, **settings: Any) -> Iterator[Crew]:
     """A crew on the server at ``url``. At the end it prints its logs, which pytest shows when the test has failed.
 
-    ``crash_delay``: seconds between a crash and the next attempt, instead of 1, 5, 25.
+    ``crash_delay``: seconds between a crash and the next attempt, instead of 1, 5, 25. ``handlers``: the file of them.
     """
     hired = Crew(url, directory, **settings)
     try:
         yield hired
     finally:
         hired.close()
+
+
+def in_environment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as the variables that a process of its own reads them from."""
+    return {
+        f"RQARM_{name.upper()}": ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for name, value in settings.items()
+    }
 
 
 def is_alive(pid: int) -> bool:

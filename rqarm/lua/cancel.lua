@@ -12,7 +12,7 @@
 local status = KEYS[1]
 local key, failure_ttl_ms = ARGV[2], ARGV[3]
 
-local claim = record(key, 'state', 'queue', 'slot', 'est_ms')
+local claim = record(key, 'state', 'queue', 'slot', 'est_ms', 'limit')
 
 if not claim.state then return {'unknown'} end
 if claim.state ~= 'pending' and claim.state ~= 'in_progress' then return {'ended', claim.state} end

@@ -10,6 +10,7 @@
 -- ARGV sticky      0|1    the route's wish
 -- ARGV ttl_ms      int    the route's wish; 0 = none
 -- ARGV family      str    under which the run time is learned
+-- ARGV job         str    RQ's job hash to delete; '' = an RQ worker does that
 -- ARGV size_bytes  int    stored size
 -- ARGV chunks      int    0 = the bytes are in the envelope
 -- ARGV envelope    str    what the bytes are, a line for each field
@@ -19,11 +20,11 @@
 
 local status = KEYS[1]
 local key, token, sticky, ttl_ms = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
-local family, size_bytes, chunks = ARGV[6], ARGV[7], tonumber(ARGV[8])
-local envelope, bytes = ARGV[9], ARGV[10]
+local family, job, size_bytes, chunks = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
+local envelope, bytes = ARGV[10], ARGV[11]
 
 local claim = record(key, 'state', 'token', 'sticky', 'ttl_ms', 'fallback_ttl_ms', 'started_ms', 'queue', 'slot',
-  'est_ms', 'done_token')
+  'est_ms', 'done_token', 'limit')
 
 if claim.state == 'completed' and claim.done_token == token then return {'already'} end
 if claim.state ~= 'in_progress' or claim.token ~= token then return {'lost', claim.state or 'unknown'} end
@@ -36,9 +37,9 @@ local life_ms = asked_ms
 if life_ms == 0 then life_ms = ttl_ms end
 if life_ms == 0 then life_ms = tonumber(claim.fallback_ttl_ms) end
 
-land(key, claim)
-redis.call('HSET', status, 'done_token', token)
-commit(key, token, keep, life_ms, size_bytes, chunks, envelope, bytes)
+make_room(key, claim)
+commit(key, token, token, keep, life_ms, size_bytes, chunks, envelope, bytes)
+redis.call('UNLINK', callbacks_name(key), unpack(job ~= '' and {job} or {}))
 learn(family, now_ms - tonumber(claim.started_ms))
 count('executions', 'completed')
 event('complete', key, 'completed')

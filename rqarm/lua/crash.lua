@@ -22,7 +22,7 @@ local key, token, job_id, commands, data = ARGV[2], ARGV[3], ARGV[4], ARGV[5], A
 local delay_ms, max_attempts, err = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
 
 local claim = record(key, 'state', 'token', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms', 'crashes',
-  'lease_until', 'aside_by')
+  'lease_until', 'aside_by', 'limit')
 
 -- A quarantined request keeps its last ticket, which is what `rq requeue` delivers; the one offered is noted beside it.
 if claim.job_id == job_id or claim.aside_by == job_id then return {'already'} end

@@ -15,7 +15,7 @@ local status = KEYS[1]
 local key, token, err = ARGV[2], ARGV[3], ARGV[4]
 local failure_ttl_ms, negative_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
 
-local claim = record(key, 'state', 'token', 'done_token', 'queue', 'slot', 'est_ms')
+local claim = record(key, 'state', 'token', 'done_token', 'queue', 'slot', 'est_ms', 'limit')
 
 if claim.state == 'failed' and claim.done_token == token then return {'already'} end
 if claim.state ~= 'in_progress' or claim.token ~= token then return {'lost', claim.state or 'unknown'} end

@@ -12,6 +12,8 @@ local RADIX = 128
 -- Weight of the newest run in the learned run time, and the most families that are learned.
 local NEWEST, MOST_FAMILIES = 0.2, 1000
 local EVENTS_KEPT = 10000
+-- Requests that one free place or one step of the sweep calls up at the most.
+local MOST_CALLED = 100
 
 local function int(n) return string.format('%.0f', n) end
 
@@ -31,6 +33,19 @@ local function record(key, ...)
   local fields = {}
   for i, name in ipairs({...}) do fields[name] = values[i] end
   return fields
+end
+
+-- The identity lies in pieces of 64 bytes; the third takes what is left. One value that is longer, and the server stores
+-- the whole record in another way, which takes three times as much. An earlier form is one piece of any length.
+local function uri_fields(uri)
+  local fields = {'uri', string.sub(uri, 1, 64)}
+  if #uri > 64 then fields[3], fields[4] = 'uri_2', string.sub(uri, 65, 128) end
+  if #uri > 128 then fields[5], fields[6] = 'uri_3', string.sub(uri, 129) end
+  return unpack(fields)
+end
+
+local function uri_of(fields)
+  return (fields.uri or '') .. (fields.uri_2 or '') .. (fields.uri_3 or '')
 end
 
 -- The record for the caller, as one string: netstrings of RECORD_FIELDS in their order, '-' for a field that is not
@@ -117,17 +132,85 @@ end
 
 local function leave_line(key, fields)
   local pending = pending_name(fields.queue)
-  if redis.call('ZREM', pending, key) == 1 then
+  if fields.state ~= 'in_progress' and redis.call('ZREM', pending, key) == 1 then
     local est_ms = tonumber(fields.est_ms) or 0
     if est_ms > 0 then add_load(fields.queue, fields.slot, int(-est_ms)) end
     if redis.call('ZCARD', pending) == 0 then redis.call('DEL', load_name(fields.queue)) end
   end
 end
 
+-- What somebody else wrote under one of our names must not stop the healing of all others: a record that cannot be read
+-- counts as gone.
+local function look_at(key, ...)
+  local values, fields = redis.pcall('HMGET', status_name(key), ...), {}
+  if values.err then return fields end
+  for i, name in ipairs({...}) do fields[name] = values[i] end
+  return fields
+end
+
+-- Limits of routes. Under a limit a request runs (`running`), is called and on its way to a worker (`called`: its place is
+-- kept, so that nobody overtakes it) or waits for a place (`parked`, in the order of the line). The record's `limit` says
+-- that it is in one of the three. A place that gets free goes to the first that is parked. What is wrong with that one must
+-- not stop the transition that freed the place: without a ticket it is found by the sweep.
+local function call_up(limit)
+  local room = (tonumber(redis.call('HGET', limits_name(), limit) or nil) or 0)
+    - redis.call('ZCARD', running_name(limit)) - redis.call('ZCARD', called_name(limit))
+  local chosen = {}
+  for _ = 1, MOST_CALLED do
+    local key = #chosen < room and redis.call('ZPOPMIN', parked_name(limit))[1]
+    if not key then break end
+    local fields = look_at(key, 'state', 'limit', 'recall', 'recall_data')
+    if fields.state == 'pending' and fields.limit == limit and fields.recall then
+      fields.key = key
+      chosen[#chosen + 1] = fields
+    end
+  end
+  -- Each goes to the front of RQ's list, so the first in line comes last.
+  for i = #chosen, 1, -1 do
+    local key = chosen[i].key
+    redis.call('ZADD', called_name(limit), int(now_ms), key)
+    redis.call('HDEL', status_name(key), 'due_ms', 'recall', 'recall_data')
+    redis.call('HSET', status_name(key), 'pushed_ms', int(now_ms))
+    pcall(replay, chosen[i].recall, chosen[i].recall_data)
+    event('call', key, 'pending')
+  end
+end
+
+local function vacate(key, limit)
+  redis.call('HDEL', status_name(key), 'limit', 'recall', 'recall_data')
+  redis.call('ZREM', running_name(limit), key)
+  redis.call('ZREM', called_name(limit), key)
+  redis.call('ZREM', parked_name(limit), key)
+  call_up(limit)
+end
+
+-- A ticket under a limit is delivered. Who was called has its place. Who was not, because RQ's scheduler or somebody else
+-- put the ticket back, must ask for one like a newcomer.
+local function arrive(key, limit)
+  redis.call('ZREM', parked_name(limit), key)
+  if redis.call('ZREM', called_name(limit), key) == 1 then
+    redis.call('ZADD', running_name(limit), int(now_ms), key)
+  else
+    redis.call('HDEL', status_name(key), 'limit', 'recall', 'recall_data')
+  end
+end
+
+-- The job of a ticket that is replaced. Whoever popped it may be dead before he told RQ, and then nobody ever deletes the
+-- hash: it gets an end. Its list skips it when it is gone. RQ's own end of a job, when there is one, is sooner. The name
+-- is that of the new job with the old id.
+local TICKET_KEPT_MS = 24 * 60 * 60 * 1000
+local function retire(old_job_id, job_id, commands)
+  if not old_job_id or old_job_id == job_id then return end
+  local name = cjson.decode(commands)[2][2]
+  local replaced = string.sub(name, 1, #name - #job_id) .. old_job_id
+  if redis.call('PTTL', replaced) == -1 then redis.call('PEXPIRE', replaced, TICKET_KEPT_MS) end
+end
+
 -- A claim goes back to pending behind a new ticket. Its place in line is that of the old one.
 local function requeue(key, fields, job_id, commands, data)
+  retire(fields.job_id, job_id, commands)
   leave_line(key, fields)
-  redis.call('SET', lock_name(key), job_id)
+  if fields.limit then vacate(key, fields.limit) end
   redis.call('ZREM', leases_name(), key)
   local ticket, priority = tonumber(fields.ticket), tonumber(fields.priority)
   local slot = line_up(key, fields.queue, priority, ticket, tonumber(fields.est_ms) or 0, fields.slot)
@@ -137,31 +220,53 @@ local function requeue(key, fields, job_id, commands, data)
 end
 
 -- An execution begins: a token that is higher than every token before, and a lease.
-local function begin(key, fields, job_id, exec, worker, lease_ms)
+local function begin(key, fields, exec, worker, lease_ms)
+  -- First what fails when somebody else uses the name: the ticket is out of its list, and the line still has the key.
+  redis.call('ZADD', leases_name(), int(now_ms + lease_ms), key)
   local token, status = next_seq(), status_name(key)
   leave_line(key, fields)
-  redis.call('SET', lock_name(key), job_id)
-  redis.call('PERSIST', status)
-  redis.call('PERSIST', callbacks_name(key))
-  redis.call('ZADD', leases_name(), int(now_ms + lease_ms), key)
-  redis.call('HSET', status, 'state', 'in_progress', 'token', int(token), 'exec', exec, 'worker', worker,
-    'started_ms', int(now_ms), 'lease_ms', int(lease_ms), 'lease_until', int(now_ms + lease_ms))
-  redis.call('HINCRBY', status, 'attempts', 1)
-  redis.call('HDEL', status, 'due_ms', 'ended_ms')
+  if fields.limit then arrive(key, fields.limit) end
+  if fields.state == 'failed' then
+    redis.call('PERSIST', status)
+    redis.call('PERSIST', callbacks_name(key))
+    redis.call('HDEL', status, 'ended_ms')
+  end
+  if fields.due_ms then redis.call('HDEL', status, 'due_ms') end
+  fields.token, fields.started_ms = int(token), int(now_ms)
+  fields.attempts = int((tonumber(fields.attempts) or 0) + 1)
+  redis.call('HSET', status, 'state', 'in_progress', 'token', fields.token, 'exec', exec, 'worker', worker,
+    'started_ms', fields.started_ms, 'lease_ms', int(lease_ms), 'lease_until', int(now_ms + lease_ms),
+    'attempts', fields.attempts)
   event('start', key, 'in_progress')
 end
 
--- What an execution needs to know, in the order of the answers of start and take.
-local function attempt(key)
-  return unpack(redis.call('HMGET', status_name(key), 'token', 'attempts', 'request', 'kwargs', 'retries', 'crashes',
-    'queue', 'priority'))
+-- The ticket of a failed request was put back: it starts anew.
+local function revoke_failure(key, fields)
+  redis.call('HDEL', status_name(key), 'error', 'quarantined', 'negative_until', 'crashes', 'retries')
+  redis.call('ZREM', quarantine_name(), key)
+  fields.crashes, fields.retries = nil, nil
 end
 
--- The end of a flight, whatever the end is.
-local function land(key, fields)
+-- What an execution needs to know, in the order of the answers of start and take; and what begin must know beside it.
+local ATTEMPT = {'token', 'attempts', 'request', 'kwargs', 'retries', 'crashes', 'queue', 'priority', 'job_id',
+  'pushed_ms', 'started_ms', 'uri', 'uri_2', 'uri_3'}
+local BEFORE = {'state', 'exec', 'slot', 'est_ms', 'limit', 'due_ms', unpack(ATTEMPT)}
+
+local function attempt(fields)
+  local values = {}
+  for i, name in ipairs(ATTEMPT) do values[i] = fields[name] or false end
+  return unpack(values)
+end
+
+-- The end of a flight, whatever the end is: first for the others, then in the record.
+local function make_room(key, fields)
   leave_line(key, fields)
-  redis.call('DEL', lock_name(key))
+  if fields.limit then vacate(key, fields.limit) end
   redis.call('ZREM', leases_name(), key)
+end
+
+local function land(key, fields)
+  make_room(key, fields)
   redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress')
 end
 
@@ -189,12 +294,16 @@ local function drop_result(key)
 end
 
 -- The life of a stored result, its record and its chunks, all with one deadline. No deadline: sticky.
-local function set_deadline(key, deadline_ms)
-  local stored = redis.call('HMGET', result_name(key), 'owner', 'chunks')
-  for n = 0, (tonumber(stored[2]) or 0) - 1 do expire_at(chunk_name(key, stored[1], n), deadline_ms) end
+local function expire_together(key, owner, chunks, deadline_ms)
+  for n = 0, chunks - 1 do expire_at(chunk_name(key, owner, n), deadline_ms) end
   expire_at(result_name(key), deadline_ms)
   expire_at(status_name(key), deadline_ms)
   redis.call('ZADD', results_name(), deadline_ms and int(deadline_ms) or '+inf', key)
+end
+
+local function set_deadline(key, deadline_ms)
+  local stored = redis.call('HMGET', result_name(key), 'owner', 'chunks')
+  expire_together(key, stored[1], tonumber(stored[2]) or 0, deadline_ms)
 end
 
 local function stored_result(key)
@@ -209,14 +318,19 @@ local function chunks_missing(key, owner, chunks)
 end
 
 -- A result becomes visible: value, state, index and wake-up in one step.
-local function commit(key, owner, sticky, ttl_ms, size_bytes, chunks, envelope, bytes)
-  if redis.call('HGET', result_name(key), 'owner') ~= owner then drop_result(key) end
-  redis.call('DEL', result_name(key))
-  redis.call('HSET', result_name(key), 'owner', owner, 'chunks', chunks, 'envelope', envelope, 'bytes', bytes)
-  redis.call('HSET', status_name(key), 'state', 'completed', 'ended_ms', int(now_ms), 'sticky', sticky and '1' or '0')
-  redis.call('HDEL', status_name(key), 'error', 'quarantined', 'negative_until', 'kwargs')
-  redis.call('UNLINK', callbacks_name(key))
-  set_deadline(key, not sticky and now_ms + ttl_ms or nil)
+local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks, envelope, bytes)
+  local old = redis.call('HGET', result_name(key), 'owner')
+  if old and old ~= owner then drop_result(key) end
+  if old then redis.call('DEL', result_name(key)) end
+  local is_small = chunks == 0
+  redis.call('HSET', result_name(key), 'owner', owner, 'envelope', envelope, is_small and 'bytes' or 'chunks',
+    is_small and bytes or chunks)
+  redis.call('HSET', status_name(key), 'state', 'completed', 'ended_ms', int(now_ms), 'sticky', sticky and '1' or '0',
+    'done_token', done_token)
+  -- Of a flight only what readers see stays, and what a repeated submit or complete is known by.
+  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress', 'error', 'quarantined', 'negative_until', 'kwargs', 'ticket', 'slot', 'ttl_ms',
+    'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms')
+  expire_together(key, owner, chunks, not sticky and now_ms + ttl_ms or nil)
   redis.call('ZADD', sizes_name(), size_bytes, key)
   redis.call('HINCRBY', stats_name('cache'), 'bytes', size_bytes)
   wake(key, 'completed')
@@ -225,10 +339,11 @@ end
 -- Learned run times: an exponentially weighted mean per family, and one over all ('*').
 local function learn(family, run_ms)
   local runtimes = stats_name('runtime')
-  for _, name in ipairs({family, '*'}) do
-    local known = tonumber(redis.call('HGET', runtimes, name) or nil)
-    if known or name == '*' or redis.call('HLEN', runtimes) < MOST_FAMILIES then
-      redis.call('HSET', runtimes, name, int(known and known + NEWEST * (run_ms - known) or run_ms))
-    end
+  local known = redis.call('HMGET', runtimes, '*', family)
+  local function mean(before) return int(before and before + NEWEST * (run_ms - before) or run_ms) end
+  local learned = {'*', mean(tonumber(known[1] or nil))}
+  if known[2] or redis.call('HLEN', runtimes) < MOST_FAMILIES then
+    learned[3], learned[4] = family, mean(tonumber(known[2] or nil))
   end
+  redis.call('HSET', runtimes, unpack(learned))
 end

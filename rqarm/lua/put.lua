@@ -4,7 +4,7 @@
 -- ARGV prefix      str    of every key of ours
 -- ARGV key         str    the request's key
 -- ARGV uri         str    identity: what the key is the hash of
--- ARGV request     bytes  packed request
+-- ARGV request     bytes  packed beside the identity
 -- ARGV owner       str    made by the caller; the chunks are stored under it
 -- ARGV queue       str    logical queue of the request
 -- ARGV sticky      0|1    keep the result without TTL
@@ -21,9 +21,10 @@ local key, uri, request, owner, queue = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV
 local sticky, ttl_ms, size_bytes, chunks = ARGV[7], tonumber(ARGV[8]), ARGV[9], tonumber(ARGV[10])
 local envelope, bytes = ARGV[11], ARGV[12]
 
-local claim = record(key, 'state', 'uri', 'queue', 'slot', 'est_ms', 'sticky', 'ttl_ms')
+local claim = record(key, 'state', 'uri', 'uri_2', 'uri_3', 'queue', 'slot', 'est_ms', 'sticky', 'ttl_ms', 'limit',
+  'done_token')
 
-if claim.state and claim.uri ~= uri then return {'conflict', claim.uri} end
+if claim.state and uri_of(claim) ~= uri then return {'conflict', uri_of(claim)} end
 -- Sent again because its reply was lost: storing twice would count the size twice and lengthen the life.
 if claim.state == 'completed' and redis.call('HGET', result_name(key), 'owner') == owner then return {'stored'} end
 local missing = chunks_missing(key, owner, chunks)
@@ -34,13 +35,16 @@ if claim.state == 'pending' or claim.state == 'in_progress' then
   if claim.sticky == '1' then sticky = '1' end
   ttl_ms = math.max(ttl_ms, tonumber(claim.ttl_ms) or 0)
 end
-redis.call('HSET', status, 'uri', uri, 'request', request)
+redis.call('HSET', status, 'request', request, uri_fields(uri))
 if claim.state then
   land(key, claim)
 else
-  redis.call('HSET', status, 'queue', queue, 'priority', '1', 'submitted_ms', int(now_ms), 'ttl_ms', int(ttl_ms))
+  redis.call('HSET', status, 'queue', queue, 'priority', '1', 'submitted_ms', int(now_ms))
 end
 redis.call('ZREM', quarantine_name(), key)
-commit(key, owner, sticky == '1', ttl_ms, size_bytes, chunks, envelope, bytes)
+redis.call('UNLINK', callbacks_name(key))
+-- A result that was evicted still stands in the indexes.
+if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key) end
+commit(key, owner, claim.done_token or owner, sticky == '1', ttl_ms, size_bytes, chunks, envelope, bytes)
 event('put', key, 'completed')
 return {'stored'}

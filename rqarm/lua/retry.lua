@@ -11,19 +11,21 @@
 -- ARGV delay_ms  int    0 = at once
 -- ARGV kwargs    bytes  keyword arguments of the next attempt; '' = unchanged
 -- ARGV error     bytes  packed: why this attempt ended
+-- ARGV job       str    RQ's job hash of the old ticket, to delete; '' = an RQ worker does that
 --
 -- Returns {'retried'} | {'already'} | {'lost', state}
 
 local status = KEYS[1]
 local key, token, job_id, commands, data = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-local delay_ms, kwargs, err = tonumber(ARGV[7]), ARGV[8], ARGV[9]
+local delay_ms, kwargs, err, job = tonumber(ARGV[7]), ARGV[8], ARGV[9], ARGV[10]
 
-local claim = record(key, 'state', 'token', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms')
+local claim = record(key, 'state', 'token', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms', 'limit')
 
 if claim.job_id == job_id then return {'already'} end
 if claim.state ~= 'in_progress' or claim.token ~= token then return {'lost', claim.state or 'unknown'} end
 
 requeue(key, claim, job_id, commands, data)
+if job ~= '' then redis.call('UNLINK', job) end
 redis.call('HINCRBY', status, 'retries', 1)
 redis.call('HSET', status, 'error', err)
 if kwargs ~= '' then redis.call('HSET', status, 'kwargs', kwargs) end

@@ -14,7 +14,7 @@
 local key, old_job_id, job_id, commands, data = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local status = KEYS[1]
 
-local claim = record(key, 'state', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms')
+local claim = record(key, 'state', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms', 'limit')
 
 if claim.job_id == job_id then return {'already'} end
 if claim.state ~= 'pending' or claim.job_id ~= old_job_id then return {'alive', claim.state or 'unknown'} end

@@ -12,19 +12,15 @@
 -- ARGV worker    str    name of the worker
 -- ARGV lease_ms  int    how long a silent worker keeps it
 --
--- Returns {'started', token, attempt, request, kwargs, retries, crashes, queue, priority}
+-- Returns {'started', token, attempt, request, kwargs, retries, crashes, queue, priority, job_id, pushed_ms, started_ms,
+--   uri, uri_2, uri_3}
 -- Returns {'superseded', state} | {'unknown'}
 
 local status = KEYS[1]
 local key, job_id, exec, worker, lease_ms = ARGV[2], ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6])
 
-local claim = record(key, 'state', 'job_id', 'exec', 'token', 'queue', 'slot', 'est_ms', 'ticket', 'priority')
+local claim = record(key, unpack(BEFORE))
 local state = claim.state
-
-local function revoke_failure()
-  redis.call('HDEL', status, 'error', 'quarantined', 'negative_until', 'crashes', 'retries')
-  redis.call('ZREM', quarantine_name(), key)
-end
 
 local outcome
 if not state then
@@ -32,15 +28,15 @@ if not state then
 elseif state == 'in_progress' and claim.exec == exec then
   outcome = 'started'
 elseif state == 'pending' and claim.job_id == job_id then
-  begin(key, claim, job_id, exec, worker, lease_ms)
+  begin(key, claim, exec, worker, lease_ms)
   outcome = 'started'
 elseif state == 'failed' and claim.job_id == job_id then
-  revoke_failure()
-  begin(key, claim, job_id, exec, worker, lease_ms)
+  revoke_failure(key, claim)
+  begin(key, claim, exec, worker, lease_ms)
   outcome = 'started'
 else
   outcome = 'superseded'
 end
 
 if outcome ~= 'started' then return {outcome, state} end
-return {outcome, attempt(key)}
+return {outcome, attempt(claim)}

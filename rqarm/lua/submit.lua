@@ -7,7 +7,7 @@
 -- ARGV prefix           str    of every key of ours
 -- ARGV key              str    the request's key
 -- ARGV uri              str    identity: what the key is the hash of
--- ARGV request          bytes  packed request
+-- ARGV request          bytes  packed beside the identity
 -- ARGV job_id           str    made by the caller; sending the same one again answers the same
 -- ARGV commands         str    RQ's own commands that queue this job
 -- ARGV data             bytes  what is not text in them
@@ -43,11 +43,11 @@ local again = ARGV[20]
 -- Everything that is asked about the record, in one look: first what the caller gets.
 local names = {unpack(RECORD_FIELDS)}
 for i, name in ipairs({'job_id', 'ttl_ms', 'fallback_ttl_ms', 'ticket', 'slot', 'lease_until', 'crashes',
-  'negative_until', 'moved_by'}) do names[#RECORD_FIELDS + i] = name end
+  'negative_until', 'moved_by', 'limit'}) do names[#RECORD_FIELDS + i] = name end
 local values = redis.call('HMGET', status, unpack(names))
 local claim = {}
 for i, name in ipairs(names) do claim[name] = values[i] end
-local state = claim.state
+local state, known_uri = claim.state, uri_of(claim)
 
 -- RQ's states in which a job will still be delivered.
 local DELIVERED = {queued = true, scheduled = true, deferred = true, started = true}
@@ -63,7 +63,7 @@ end
 
 -- A plain hit and a plain join, which most submits are, are answered before the rest is even defined: a script makes its
 -- functions anew at every run, and these cost more than the answer.
-local adds_nothing = claim.uri == uri and payload_id == '' and tonumber(sticky) <= tonumber(claim.sticky or 0)
+local adds_nothing = known_uri == uri and payload_id == '' and tonumber(sticky) <= tonumber(claim.sticky or 0)
 local stored
 if adds_nothing and state == 'completed' and again == '0' and ttl_ms == 0 then
   stored = stored_result(key)
@@ -114,7 +114,6 @@ local function upgrade()
       redis.call('HSET', status, 'sticky', '1')
       set_deadline(key, nil)
     elseif ttl_ms > 0 and wanted_ms > until_ms then
-      redis.call('HSET', status, 'ttl_ms', int(ttl_ms))
       set_deadline(key, wanted_ms)
     end
   end
@@ -135,7 +134,8 @@ local function replace_ticket()
 end
 
 local function claim_it()
-  redis.call('SET', lock_name(key), job_id)
+  -- First of all writes, because the server refuses it when memory is out. Behind a DEL it would let everything pass.
+  local ticket = next_seq()
   if state then
     -- A result that was evicted or deleted still stands in the indexes; a sticky one would for ever.
     if state == 'completed' or redis.call('EXISTS', result_name(key)) == 1 then drop_result(key) end
@@ -147,19 +147,19 @@ local function claim_it()
     local learned = redis.call('HMGET', stats_name('runtime'), family, '*')
     est_ms = tonumber(learned[1] or nil) or tonumber(learned[2] or nil) or 0
   end
-  local ticket = next_seq()
   local slot = line_up(key, queue, priority, ticket, est_ms)
-  redis.call('HSET', status, 'state', 'pending', 'uri', uri, 'request', request, 'job_id', job_id, 'queue', queue,
+  redis.call('HSET', status, 'state', 'pending', 'request', request, 'job_id', job_id, 'queue', queue,
     'priority', int(priority), 'sticky', sticky, 'ttl_ms', int(ttl_ms), 'fallback_ttl_ms', int(fallback_ttl_ms),
-    'est_ms', int(est_ms), 'ticket', int(ticket), 'slot', slot, 'submitted_ms', int(now_ms), 'pushed_ms', int(now_ms))
+    'est_ms', int(est_ms), 'ticket', int(ticket), 'slot', slot, 'submitted_ms', int(now_ms), 'pushed_ms', int(now_ms),
+    uri_fields(uri))
   keep_payload()
   replay(commands, data)
   event('submit', key, 'pending')
 end
 
 local outcome, extra
-if state and claim.uri ~= uri then
-  outcome, extra = 'conflict', claim.uri
+if state and known_uri ~= uri then
+  outcome, extra = 'conflict', known_uri
 elseif state == 'completed' and (again == '0' or claim.job_id == job_id)
   and redis.call('EXISTS', result_name(key)) == 1 then
   upgrade()

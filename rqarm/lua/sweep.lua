@@ -30,18 +30,9 @@ local WAITING = {queued = true, deferred = true, started = true}
 local lapsed, ticketless = {}, {}
 
 local function report(list, key, fields, last)
-  for _, value in ipairs({key, fields.uri or '', fields.queue or queue, fields.priority or '1', last}) do
+  for _, value in ipairs({key, uri_of(fields), fields.queue or queue, fields.priority or '1', last}) do
     list[#list + 1] = value
   end
-end
-
--- What somebody else wrote under one of our names must not stop the healing of all others: a record that cannot be read
--- counts as gone, a job as lost.
-local function look_at(key, ...)
-  local values, fields = redis.pcall('HMGET', status_name(key), ...), {}
-  if values.err then return fields end
-  for i, name in ipairs({...}) do fields[name] = values[i] end
-  return fields
 end
 
 -- A deadline further away than two leases is clock damage: from now on it is one lease away.
@@ -55,7 +46,8 @@ local function clamp(key, fields)
 end
 
 local function check_lease(key)
-  local claim = look_at(key, 'state', 'uri', 'queue', 'priority', 'crashes', 'lease_until', 'lease_ms')
+  local claim = look_at(key, 'state', 'uri', 'uri_2', 'uri_3', 'queue', 'priority', 'crashes', 'lease_until',
+    'lease_ms')
   if claim.state ~= 'in_progress' then
     redis.call('ZREM', leases, key)
   elseif tonumber(claim.lease_until) <= now_ms then
@@ -78,7 +70,8 @@ local function has_ticket(claim)
 end
 
 local function check_line(key)
-  local claim = look_at(key, 'state', 'uri', 'queue', 'priority', 'job_id', 'pushed_ms', 'due_ms')
+  local claim = look_at(key, 'state', 'uri', 'uri_2', 'uri_3', 'queue', 'priority', 'job_id', 'pushed_ms',
+    'due_ms')
   if claim.state ~= 'pending' then
     redis.call('ZREM', pending_name(queue), key)
     -- What a vanished record added to the load is unknown; with the last of the line it goes at least then.
@@ -104,12 +97,29 @@ local function tidy()
   end
 end
 
+-- The transitions keep the places under a limit exactly. What they cannot know is that a record was deleted, or ended
+-- by a version without limits.
+local function check_limits()
+  for _, name in ipairs(redis.call('HKEYS', limits_name())) do
+    local running, called, parked = running_name(name), called_name(name), parked_name(name)
+    for index, state in pairs({[running] = 'in_progress', [called] = 'pending'}) do
+      for _, key in ipairs(redis.call('ZRANGE', index, 0, limit - 1)) do
+        local claim = look_at(key, 'state', 'limit')
+        if claim.state ~= state or claim.limit ~= name then redis.call('ZREM', index, key) end
+      end
+    end
+    call_up(name)
+    if redis.call('EXISTS', running, called, parked) == 0 then redis.call('HDEL', limits_name(), name) end
+  end
+end
+
 if cursor == 0 then
   for _, key in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', int(now_ms), 'LIMIT', 0, limit)) do
     check_lease(key)
   end
   local far = '(' .. int(now_ms + 2 * lease_ms)
   for _, key in ipairs(redis.call('ZRANGEBYSCORE', leases, far, '+inf', 'LIMIT', 0, limit)) do check_lease(key) end
+  check_limits()
   tidy()
 end
 

@@ -1,30 +1,30 @@
-"""One execution: what an RQ job of ours runs, under any RQ worker.
+"""One execution, from ticket to end, whoever runs it.
 
-``perform`` starts the attempt (or takes over the one that rqarm.Worker started), calls the handler and ends the attempt
-in exactly one way: finished, retried, failed, or given up because it is no longer ours. The record is the truth; RQ
-hears of a failure only so that its own tools show it.
+``Execution`` is a flow: it matches, has the handler called, and ends the attempt in exactly one way: finished,
+retried, failed, or given up because it is no longer ours. Who drives it calls the handler and keeps its time.
+``perform`` is what an RQ job of ours runs under any RQ worker; the warm horse of rqarm.Worker has drivers of its own.
+
+The record is the truth; RQ hears of a failure only so that its own tools show it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import inspect
 import logging
 import os
 import random
-import signal
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import redis
 import rq
 from rq.job import Job
-from rq.timeouts import JobTimeoutException
 
 from rqarm import codec, flows
 from rqarm.calls import Attempt
@@ -35,6 +35,9 @@ from rqarm.flows import Core
 from rqarm.handlers import Handlers, Match, Route
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
+from rqarm.rqjobs import key_of
+from rqarm.shell import Shell
+from rqarm.worker.limits import ALARM_DELAY, Alarm, Interruptible, await_in_time, in_time, time_limit
 from rqarm.worker.loading import load_handlers
 
 log = logging.getLogger("rqarm.worker")
@@ -42,14 +45,8 @@ T = TypeVar("T")
 
 #: errors that the same arguments bring again: retrying them burns workers
 HOPELESS = (ConfigError, InvalidRequest, NoHandler, UnpackableResult, ResultTooLarge)
-#: seconds by which the alarm comes after the limit of an async handler, which its event loop keeps better
-ALARM_DELAY = 1.0
 #: longest wait in seconds before a server that refused the end of an attempt is told again
 PATIENCE = 1.0
-
-
-class TimeLimit(Exception):
-    """The handler ran longer than its time limit."""
 
 
 @dataclass(slots=True)
@@ -64,9 +61,6 @@ class _Process:
 
 
 _process = _Process(os.getpid(), None, {})
-
-#: what rqarm.Worker started for the job that the horse is about to run; inherited by the fork
-handed_over: dict[str, Attempt | State] = {}
 
 
 def use_handlers(handlers: Handlers) -> None:
@@ -88,6 +82,22 @@ def handlers() -> Handlers:
     if process.handlers is None:
         process.handlers = load_handlers()
     return process.handlers
+
+
+def event_loop() -> asyncio.Runner:
+    """The event loop of this process."""
+    process = this_process()
+    if process.runner is None:
+        process.runner = asyncio.Runner()
+    return process.runner
+
+
+async def start_resources() -> None:
+    """Build the async resources of this process, on its event loop. Raises ResourceError."""
+    process = this_process()
+    if not process.has_async_resources:
+        await handlers().resources.start()
+        process.has_async_resources = True
 
 
 def close_resources() -> None:
@@ -114,27 +124,29 @@ def manager_for(namespace: str, connection: redis.Redis) -> RequestManager:
     return manager
 
 
-def perform(namespace: str, key: str) -> None:
-    """Run the request behind ``key``. This is the function of our RQ jobs; it returns nothing to RQ.
+def perform(namespace: str, key: str = "") -> None:
+    """Run the request of the current RQ job. This is the function of our RQ jobs; it returns nothing to RQ.
+
+    ``key``: given by jobs of an earlier form; else it stands in the job's id.
 
     Raises what the handler raised when the request has failed for good, so that RQ's failed registry shows it.
     """
     job = rq.get_current_job()
     if job is None:
         raise RqarmError("rqarm.worker.perform is run by an RQ worker; to run a request yourself, use rm.queues")
+    key = key or key_of(job.id)
     manager = manager_for(namespace, job.connection)
-    attempt = handed_over.pop(job.id, None)
-    is_renewed = attempt is not None
-    if attempt is None:
-        attempt = manager.shell.run(flows.start(manager.core, Key(key), job.id, worker_name(job)))
+    worker = worker_name(job)
+    attempt = manager.shell.run(flows.start(manager.core, Key(key), job.id, worker))
     if isinstance(attempt, State):
         log.info("%s: superseded, the request is %s", key, attempt)
         return
+    execution = Execution(manager.core, attempt, worker, Hold())
     try:
-        Execution(manager, attempt, worker_name(job), is_renewed).run()
+        with _renewing(manager, execution):
+            drive(execution.flow(), manager.shell, execution)
     finally:
-        if not is_renewed:
-            _sweep_now_and_then(manager)
+        _sweep_now_and_then(manager)
 
 
 def worker_name(job: Job) -> str:
@@ -149,133 +161,261 @@ def _sweep_now_and_then(manager: RequestManager) -> None:
         log.warning("the sweep did not run: %s", error)
 
 
+@contextmanager
+def _renewing(manager: RequestManager, execution: Execution) -> Iterator[None]:
+    """Keep the lease from a thread: there is no parent that does."""
+    done = threading.Event()
+    thread = threading.Thread(target=_renew, args=(manager, execution, done), name="rqarm-renew", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _renew(manager: RequestManager, execution: Execution, done: threading.Event) -> None:
+    settings = manager.core.settings
+    good = time.monotonic()
+    while not done.wait(settings.renewal_or_default):
+        sent = time.monotonic()
+        try:
+            manager.shell.run(flows.renew(manager.core, execution.attempt))
+            good = sent
+        except LeaseLost:
+            execution.hold.lose()
+            return
+        except redis.exceptions.RedisError as error:
+            log.warning("%s: the lease was not renewed: %s", execution.attempt.key, error)
+            if time.monotonic() - good > settings.lease * 2 / 3:
+                execution.hold.lose()
+
+
+class Hold:
+    """Whether the attempt may still be ours."""
+
+    def __init__(self, is_taken_away: Callable[[], bool] = lambda: False) -> None:
+        """``is_taken_away`` asks somebody who also watches."""
+        self._is_lost = False
+        self._is_taken_away = is_taken_away
+
+    def is_lost(self) -> bool:
+        return self._is_lost or self._is_taken_away()
+
+    def lose(self) -> None:
+        self._is_lost = True
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """A step of an execution: call the handler, answer with its value or its error."""
+
+    match: Match
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A step of an execution: do nothing for so many seconds."""
+
+    seconds: float
+
+
+#: an execution, step by step
+Steps = Generator[flows.Step | Handle | Pause, Any, None]
+
+
+def drive(steps: Steps, shell: Shell, execution: Execution) -> None:
+    """Run an execution to its end in this thread."""
+    Drive(steps, shell, execution).run(shell.execute)
+
+
+class Drive:
+    """An execution on its way, in this thread. It can rest at a step and go on later."""
+
+    def __init__(self, steps: Steps, shell: Shell, execution: Execution) -> None:
+        self._steps, self._shell, self._execution = steps, shell, execution
+        self._answer: Any = None
+        self._failure: BaseException | None = None
+
+    def run(self, ask: Callable[[Any], Any], rests_at: Callable[[Any], bool] = lambda _: False) -> Any:
+        """On to the end, None, or to the first step to rest at, which ``ask`` is not asked.
+
+        Raises the handler's error when the request has failed for good.
+        """
+        while True:
+            try:
+                step = self._steps.send(self._answer) if self._failure is None else self._steps.throw(self._failure)
+            except StopIteration:
+                return None
+            self._answer = self._failure = None
+            if rests_at(step):
+                return step
+            try:
+                if isinstance(step, Handle):
+                    self._answer = self._execution.call(step.match, self._shell)
+                elif isinstance(step, Pause):
+                    time.sleep(step.seconds)
+                else:
+                    self._answer = ask(step)
+            except BaseException as error:  # noqa: BLE001 -- whatever a handler raises, its request must end
+                self._failure = error
+
+    def answer(self, answer: Any) -> None:
+        """The answer, or the error, of the step at which it rests."""
+        if isinstance(answer, BaseException):
+            self._failure = answer
+        else:
+            self._answer = answer
+
+
 class Execution:
     """One attempt from handler to its end."""
 
-    def __init__(self, manager: RequestManager, attempt: Attempt, worker: str, is_renewed: bool) -> None:
-        self.manager, self.attempt, self.worker = manager, attempt, worker
-        self.core: Core = manager.core
-        self._is_renewed = is_renewed
-        self._lost = threading.Event()
-        self._began = time.monotonic()
+    def __init__(self, core: Core, attempt: Attempt, worker: str, hold: Hold) -> None:
+        self.core, self.attempt, self.worker, self.hold = core, attempt, worker, hold
+        self.began = time.monotonic()
+        self.outcome = ""
+        #: the loop that runs beside this thread, when there is one
+        self.loop: asyncio.AbstractEventLoop | None = None
+        #: how the handler can be stopped from another thread
+        self.stopper: Interruptible | Alarm | None = None
+        self._match: Match | None = None
+        #: seconds that the attempt may take
+        self.limit = self._limit()
+        self._ended = 0.0
 
-    def run(self) -> None:
+    def flow(self) -> Steps:
         """Match, call, end. Raises the handler's error when the request has failed for good."""
         route: Route | None = None
         try:
-            match = handlers().match(self.attempt.request)
+            match = self.match()
             route = match.route
-            with self._renewing():
-                value = self._call(match)
-                if self._lost.is_set():
-                    # a handler that stopped early because of it may have returned half of its answer
-                    raise LeaseLost(self.attempt.key, "cancelled or taken over")
-                self._insist(flows.finish(self.core, self.attempt, value, sticky=bool(route.sticky), ttl=route.ttl))
+            if not (yield from self._admit(route)):
+                self._tell("parked", route)
+                return
+            self._check()
+            value = yield Handle(match)
+            self._check()
+            yield from self._insist(flows.finish(self.core, self.attempt, value, sticky=route.sticky, ttl=route.ttl))
             self._tell("completed", route)
         except LeaseLost as lost:
-            self._tell(f"given up ({lost.state})", route)
+            self._tell("given up", route, lost)
         except BaseException as error:  # noqa: BLE001 -- whatever a handler raises, its request must end
-            self._end_badly(error, route)
+            yield from self._end_badly(error, route)
+
+    def _check(self) -> None:
+        """A handler that stopped early because the attempt is lost may have returned half of its answer."""
+        if self.hold.is_lost():
+            raise LeaseLost(self.attempt.key, "cancelled or taken over")
+
+    def _admit(self, route: Route) -> Generator[Any, Any, bool]:
+        """Whether the route's limit has a place. Else the attempt was handed back: there is nothing more to do."""
+        if route.max_running is None:
+            return True
+        admission = flows.admit(self.core, self.attempt, route.name, route.max_running)
+        is_admitted: bool = yield from self._insist(admission)
+        return is_admitted
 
     # -- the handler
 
-    def _call(self, match: Match) -> Any:
-        context = Context(
+    def call(self, match: Match, shell: Shell) -> Any:
+        """Call the handler in this thread, within its time limit."""
+        limit = self.limit
+        context = self.context(lambda *report: self._report(shell, *report))
+        with self.stopper or time_limit(limit, self.spent()):
+            value = match.call(self.attempt.request, context)
+        if inspect.isawaitable(value):
+            with time_limit(limit, self.spent() - ALARM_DELAY):
+                value = self._run_async(value, limit)
+        return self._in_time(value, limit)
+
+    def _run_async(self, value: Awaitable[Any], limit: float) -> Any:
+        """Run an async handler to its end on the loop of this process."""
+        if self.loop is not None:
+            return asyncio.run_coroutine_threadsafe(await_in_time(value, limit, self.spent()), self.loop).result()
+        runner = event_loop()
+        try:
+            runner.run(start_resources())
+        except BaseException:
+            if inspect.iscoroutine(value):
+                value.close()  # nobody will await it
+            raise
+        return runner.run(await_in_time(value, limit, self.spent()))
+
+    def context(self, report: Callable[[float, str], object]) -> Context:
+        return Context(
             self.attempt.request,
             self.attempt.key,
             self.attempt.number,
             self.attempt.kwargs,
             handlers().resources,
-            self._report,
-            self._lost.is_set,
-            self._began + self._limit(match.route),
+            report,
+            self.hold.is_lost,
+            self.began + self.limit,
             self.worker,
         )
-        limit = self._limit(match.route)
-        with time_limit(limit):
-            value = match.call(self.attempt.request, context)
-        if inspect.isawaitable(value):
-            with time_limit(limit, self._spent() - ALARM_DELAY):
-                value = _run_async(value, limit, self._spent())
-        if isinstance(value, Result) and isinstance(value.data, Iterator):
-            return replace(value, data=self._in_time(value.data, match.route))
-        return self._in_time(value, match.route) if inspect.isgenerator(value) else value
 
-    def _in_time(self, pieces: Iterator[Any], route: Route) -> Iterator[Any]:
-        """The pieces of a handler's generator: what it does between them counts for its time limit."""
-        while True:
-            try:
-                with time_limit(self._limit(route), self._spent()):
-                    piece = next(pieces)
-            except StopIteration:
-                if self._lost.is_set():
-                    raise LeaseLost(self.attempt.key, "cancelled or taken over") from None
-                return
-            yield piece
+    def match(self) -> Match:
+        """The route that takes the request. Raises NoHandler, InvalidRequest, ConfigError."""
+        if self._match is None:
+            self._match = handlers().match(self.attempt.request)
+        return self._match
 
-    def _limit(self, route: Route) -> float:
-        return route.timeout or self.core.settings.timeout
+    @property
+    def family(self) -> str:
+        """The route, for statistics; "" = none takes the request."""
+        return self._match.route.name if self._match is not None else ""
 
-    def _spent(self) -> float:
-        return time.monotonic() - self._began
+    def end_clock(self) -> None:
+        """From now on nothing counts for the handler's time."""
+        self._ended = time.monotonic()
 
-    def _report(self, fraction: float, message: str) -> None:
+    def _limit(self) -> float:
         try:
-            self._do(flows.renew(self.core, self.attempt, (fraction, message)))
+            return self.match().route.timeout or self.core.settings.timeout
+        except RqarmError:
+            return self.core.settings.timeout  # no handler will be called
+
+    def _in_time(self, value: Any, limit: float) -> Any:
+        """A value in pieces counts for the time limit while a handler makes them."""
+        if isinstance(value, Result) and isinstance(value.data, Iterator):
+            return replace(value, data=self._pieces(value.data, limit))
+        return self._pieces(value, limit) if isinstance(value, Generator) else value
+
+    def _pieces(self, pieces: Iterator[Any], limit: float) -> Iterator[Any]:
+        yield from in_time(pieces, limit, self.spent)
+        self._check()
+
+    def spent(self) -> float:
+        """Seconds since it began, until the handler's value was there."""
+        return (self._ended or time.monotonic()) - self.began
+
+    def _report(self, shell: Shell, fraction: float, message: str) -> None:
+        try:
+            shell.run(flows.renew(self.core, self.attempt, (fraction, message)))
         except LeaseLost:
-            self._lost.set()
+            self.hold.lose()
         except redis.exceptions.RedisError as error:
             log.warning("%s: progress was not noted: %s", self.attempt.key, error)
 
-    @contextlib.contextmanager
-    def _renewing(self) -> Iterator[None]:
-        """Keep the lease while the handler runs, unless the parent does."""
-        if self._is_renewed:
-            yield
-            return
-        done = threading.Event()
-        thread = threading.Thread(target=self._renew, args=(done,), name="rqarm-renew", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-    def _renew(self, done: threading.Event) -> None:
-        lease = self.core.settings.lease
-        good = time.monotonic()
-        while not done.wait(lease / 3):
-            sent = time.monotonic()
-            try:
-                self._do(flows.renew(self.core, self.attempt))
-                good = sent
-            except LeaseLost:
-                self._lost.set()
-                return
-            except redis.exceptions.RedisError as error:
-                log.warning("%s: the lease was not renewed: %s", self.attempt.key, error)
-                if time.monotonic() - good > lease * 2 / 3:
-                    self._lost.set()
-
     # -- the end
 
-    def _end_badly(self, error: BaseException, route: Route | None) -> None:
+    def _end_badly(self, error: BaseException, route: Route | None) -> Steps:
         packed = codec.pack_error(error)
         try:
             delay = self._retry_delay(error, route)
             if delay is not None:
                 kwargs = dict(error.kwargs) if isinstance(error, RetryLater) and error.kwargs else None
-                self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=kwargs))
+                yield from self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=kwargs))
                 self._tell(f"retried in {delay:g} s", route, error)
                 return
-            self._fail(packed, route)
+            yield from self._fail(packed, route)
         except UnpackableResult as unpackable:
             # the arguments of a retry: they can never be stored, so this is the end
-            self._fail(codec.pack_error(unpackable), route)
+            yield from self._fail(codec.pack_error(unpackable), route)
             error = unpackable
         except LeaseLost as lost:
-            self._tell(f"given up ({lost.state})", route)
+            self._tell("given up", route, lost)
             return
         self._tell("failed", route, error)
         raise error
@@ -291,119 +431,78 @@ class Execution:
             return None
         return rule.delay(self.attempt.retries + 1, random.random)
 
-    def _fail(self, packed: bytes, route: Route | None) -> None:
+    def _fail(self, packed: bytes, route: Route | None) -> Steps:
         failure_ttl = route.failure_ttl if route is not None else None
         negative_ttl = route.negative_ttl if route is not None else None
-        self._insist(flows.fail(self.core, self.attempt, packed, failure_ttl=failure_ttl, negative_ttl=negative_ttl))
+        yield from self._insist(
+            flows.fail(self.core, self.attempt, packed, failure_ttl=failure_ttl, negative_ttl=negative_ttl)
+        )
 
-    def _do(self, flow: flows.Flow[T]) -> T:
-        return self.manager.shell.run(flow)
+    def _insist(self, flow: flows.Flow[T]) -> Generator[Any, Any, T]:
+        """Run a flow around the handler, however often the server refuses, as long as the attempt may be ours.
 
-    def _insist(self, flow: flows.Flow[None]) -> None:
-        """Run a flow that ends the attempt, however often the server refuses, as long as the attempt may be ours.
-
-        The work is done and only its end is missing: READONLY, OOM, BUSY and the like must not undo it. Saying it
+        When the work is done and only its end is missing, READONLY, OOM, BUSY and the like must not undo it. Saying it
         again is safe, each step carries the token. Raises LeaseLost when a lease has passed in vain.
         """
-        self._do(self._insisting(flow))
+        return (yield from flows.through(flow, self._until_heard))
 
-    def _insisting(self, flow: flows.Flow[None]) -> flows.Flow[None]:
-        for step in flows.steps(flow):
-            yield from flows.answered(step, self._until_heard(step.value))
-
-    def _until_heard(self, step: flows.Step) -> flows.Flow[Any]:
+    def _until_heard(self, step: flows.Step) -> Generator[Any, Any, Any]:
         deadline = time.monotonic() + self.core.settings.lease
         refusals = 0
         while True:
             try:
                 return (yield step)
             except redis.exceptions.RedisError as error:
-                if self._lost.is_set() or time.monotonic() > deadline:
-                    self._lost.set()
+                if self.hold.is_lost() or time.monotonic() > deadline:
+                    self.hold.lose()
                     raise LeaseLost(self.attempt.key, "out of reach") from error
                 refusals += 1
                 pause = min(PATIENCE, 0.05 * 2**refusals) * random.uniform(0.5, 1.0)
                 log.warning("%s: the server refused, telling it again in %.1f s: %s", self.attempt.key, pause, error)
-                time.sleep(pause)
+            yield Pause(pause)
 
     def _tell(self, outcome: str, route: Route | None, error: BaseException | None = None) -> None:
-        log.log(
-            logging.INFO if error is None else logging.WARNING,
-            "%s %s: %s by %s in %.3f s%s",
-            self.attempt.key,
-            self.core.describe(self.attempt.request),
-            outcome,
-            route.name if route is not None else "no route",
-            self._spent(),
-            f": {type(error).__name__}: {error}"[:300] if error is not None else "",
-        )
+        """The one line of this attempt."""
+        self.outcome = outcome
+        if isinstance(error, LeaseLost):
+            outcome, error = f"{outcome} ({error.state})", None
+        tell(self.core, self.attempt, self.worker, route, outcome, self.spent(), error)
 
 
-def _run_async(value: Awaitable[T], limit: float, spent: float) -> T:
-    """Run an async handler on the event loop of this process, its async resources built first."""
-    process = this_process()
-    if process.runner is None:
-        process.runner = asyncio.Runner()
-    if not process.has_async_resources:
-        try:
-            process.runner.run(handlers().resources.start())
-        except BaseException:
-            if inspect.iscoroutine(value):
-                value.close()  # nobody will await it
-            raise
-        process.has_async_resources = True
-    return process.runner.run(_await_in_time(value, limit, spent))
-
-
-async def _await_in_time(value: Awaitable[T], limit: float, spent: float) -> T:
-    """The loop ends the handler at its limit: an alarm may strike another task of the loop, which would swallow it."""
-    timeout = asyncio.timeout(limit - spent)
-    try:
-        async with timeout:
-            return await value
-    except TimeoutError:
-        if timeout.expired():
-            raise TimeLimit(_over(limit)) from None
-        raise
-
-
-def _over(limit: float) -> str:
-    return f"the handler ran longer than its limit of {limit:g} s"
-
-
-@contextlib.contextmanager
-def time_limit(limit: float, spent: float = 0.0) -> Iterator[None]:
-    """Raise TimeLimit in the block after ``limit`` seconds, ``spent`` of them gone; RQ's alarm, if it is sooner, stays.
-
-    Only the main thread of a POSIX process can be interrupted so. Elsewhere RQ's limit and the parent's remain.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
+def tell(
+    core: Core,
+    attempt: Attempt,
+    worker: str,
+    route: Route | None,
+    outcome: str,
+    ran: float,
+    error: BaseException | None = None,
+) -> None:
+    """Log the one line of an attempt. ``record.rqarm`` has it in pieces."""
+    level = logging.INFO if error is None else logging.WARNING
+    if not log.isEnabledFor(level):
         return
-    seconds = max(limit - spent, 0.001)
-    outer, began = signal.getitimer(signal.ITIMER_REAL)[0], time.monotonic()
-    if outer and outer <= seconds:
-        with _as_time_limit():
-            yield
-        return
+    uri, name = core.describe(attempt.request), route.name if route is not None else None
+    told: dict[str, Any] = {
+        "key": attempt.key,
+        "uri": uri,
+        "route": name,
+        "outcome": outcome,
+        "attempt": attempt.number,
+        "wait_s": round(attempt.waited, 3),
+        "run_s": round(ran, 4),
+        "worker": worker,
+    }
+    by = name or "no route"
+    text = f"{attempt.key} {uri}: {outcome} by {by}, waited {attempt.waited:.3f} s, ran {ran:.3f} s"
+    if error is not None:
+        told["error"] = {"type": type(error).__name__, "message": str(error)[:300]}
+        text += f": {type(error).__name__}: {error}"[:300]
+    # not by log.log, which looks for its caller every time
+    record = logging.LogRecord(log.name, level, "", 0, text, None, None)
+    record.rqarm = told
+    log.handle(record)
 
-    def ring(*_: Any) -> None:
-        raise TimeLimit(_over(limit))
 
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        if outer:
-            signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - began), 0.001))
-
-
-@contextlib.contextmanager
-def _as_time_limit() -> Iterator[None]:
-    try:
-        yield
-    except JobTimeoutException as error:
-        raise TimeLimit(str(error)) from error
+class WorkHorseDied(Exception):
+    """The process that ran the request is dead. The message says what is known of it."""

@@ -1,71 +1,48 @@
-"""rqarm.Worker: an RQ worker that keeps our leases.
+"""rqarm.Worker: an RQ worker with a warm horse for our requests.
 
-The parent starts the attempt, so that it always knows what its horse runs; it renews the lease while the horse works,
-kills the horse when the lease is lost or the time is over, says at once when a horse has died, and sweeps. RQ does the
-rest. It never exits because the server is busy, read-only or out of memory: it waits and goes on.
+The parent never runs a request. It forks the horse, renews the leases of what the horse runs, stops what must stop,
+says at once when a horse has died, forks the next one, and sweeps. Ordinary RQ jobs take RQ's own way, a fork for each.
+It never exits because the server is busy, read-only or out of memory: it waits and goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import inspect
 import logging
 import os
 import random
-import secrets
+import re
 import signal
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import rq
 from redis.exceptions import RedisError
-from rq.executions import Execution as RqExecution
+from rq.command import parse_payload
+from rq.exceptions import StopRequested
 from rq.job import Job
 from rq.serializers import JSONSerializer, PickleSerializer
-from rq.worker import WorkerStatus
+from rq.worker import DequeueStrategy, WorkerStatus
 
-from rqarm import codec, flows
-from rqarm.calls import Attempt
+from rqarm import flows
 from rqarm.config import Settings
-from rqarm.errors import LeaseLost, NoHandler, RequestUnknown, RqarmError
-from rqarm.manager import RequestManager
-from rqarm.model import Key, State
-from rqarm.rqjobs import GRACE, PERFORM
+from rqarm.errors import RqarmError
 from rqarm.worker import execution
+from rqarm.worker.horse import Order
+from rqarm.worker.processes import kill_group, leash_forks
+from rqarm.worker.stable import Stable
 
 log = logging.getLogger("rqarm.worker")
 T = TypeVar("T")
 
-#: seconds beyond the handler's limit after which the parent kills a horse that does not listen to it
-HARD_GRACE = 5.0
 #: longest wait in seconds before a server that refused is asked again
 PATIENCE = 5.0
 #: seconds until the listener for RQ's commands tries again
 DEAF = 1.0
-#: states in which an attempt's own end leaves its request
-ENDED = (State.COMPLETED, State.FAILED, State.PENDING)
-_PR_SET_PDEATHSIG = 1
-
-
-@dataclass(slots=True)
-class _Run:
-    """The attempt that the horse runs.
-
-    ``death``: why the parent killed it; "" = it did not. ``is_ending``: the attempt has ended, the horse lives on.
-    """
-
-    job_id: str
-    manager: RequestManager
-    attempt: Attempt
-    limit: float
-    began: float
-    renewed: float
-    death: str = ""
-    is_ending: bool = False
+#: what the id of a ticket of ours looks like; one of others that looks like it is recognised later
+OURS = re.compile(rb"[\w-]+-[0-9a-f]{8}")
 
 
 class Worker(rq.Worker):
@@ -77,19 +54,32 @@ class Worker(rq.Worker):
 
     def __init__(self, queues: Any, *args: Any, serializer: Any = None, **kwargs: Any) -> None:
         self.settings = Settings.load()
-        renewal = max(1, int(self.settings.lease / 3))
-        # `rq worker` always passes RQ's own 30 s, in which a lease would lapse
-        kwargs["job_monitoring_interval"] = min(kwargs.get("job_monitoring_interval", renewal), renewal)
         kwargs["serializer"] = OursAsJson if serializer is PickleSerializer else serializer or JSONSerializer
         super().__init__(queues, *args, **kwargs)
-        self._run: _Run | None = None
+        self._stable = Stable(self)
         self._swept = 0.0
+        self.next_heartbeat = 0.0
+        self.shown_state = ""
+        #: this process is the warm horse, which tears down its resources when it ends
+        self.is_warm = False
+        self._most_jobs: int | None = None
+        self._rq_jobs = 0
+        self._is_forked = self._is_over = False
+        self._lists_of: list[rq.Queue] | None = None
+        self._lists: tuple[str, ...] = ()
 
     # -- RQ's rhythm
+
+    def work(self, *args: Any, **kwargs: Any) -> bool:
+        """As in RQ. ``max_jobs`` counts requests and jobs."""
+        self._most_jobs = inspect.signature(super().work).bind(*args, **kwargs).arguments.get("max_jobs")
+        worked = super().work(*args, **kwargs)
+        return worked or self._stable.ended > 0
 
     def bootstrap(self, *args: Any, **kwargs: Any) -> None:
         """Raises ConfigError: who cannot load the handlers must not take requests from those who can."""
         execution.handlers()
+        leash_forks()
         super().bootstrap(*args, **kwargs)
 
     def subscribe(self) -> None:
@@ -106,10 +96,15 @@ class Worker(rq.Worker):
 
     @property
     def dequeue_timeout(self) -> int:
-        """An idle worker looks up this often, in seconds: to sweep."""
+        """An idle worker gives a sign of life this often, in seconds, and sweeps."""
         return max(1, int(self.settings.lease / 3))
 
+    def set_state(self, state: str, pipeline: Any = None) -> None:
+        super().set_state(state, pipeline)
+        self.shown_state = state
+
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        self.next_heartbeat = time.monotonic() + self.dequeue_timeout
         try:
             super().heartbeat(timeout, pipeline=pipeline)
         except RedisError as error:
@@ -118,16 +113,13 @@ class Worker(rq.Worker):
         if not self.is_horse:
             self._sweep_when_due()
 
-    def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
-        return self._patiently(lambda: super(Worker, self).dequeue_job_and_maintain_ttl(timeout, max_idle_time))
-
     def run_maintenance_tasks(self) -> None:
-        self._patiently(super().run_maintenance_tasks)
+        self.patiently(super().run_maintenance_tasks)
 
     def check_for_suspension(self, burst: bool) -> None:
-        self._patiently(lambda: super(Worker, self).check_for_suspension(burst))
+        self.patiently(lambda: super(Worker, self).check_for_suspension(burst))
 
-    def _patiently(self, ask: Callable[[], T]) -> T:
+    def patiently(self, ask: Callable[[], T]) -> T:
         """Ask until the server answers. RQ's own loop would exit on READONLY, OOM, BUSY, LOADING and the like."""
         refusals = 0
         while True:
@@ -148,139 +140,207 @@ class Worker(rq.Worker):
             manager = execution.manager_for(self.settings.namespace, self.connection)
             if healed := manager.shell.run(flows.sweep(manager.core)):
                 log.warning("set %d requests going again that had died", healed)
+            self._restart_scheduler()
         except (RedisError, RqarmError) as error:
             log.warning("the sweep did not run: %s", error)
 
-    # -- one job
+    def _restart_scheduler(self) -> None:
+        """RQ looks every ten minutes whether anybody runs the scheduler, and delayed retries wait for it."""
+        scheduler = self.scheduler
+        if scheduler is None or self._stop_requested:
+            return
+        if not (scheduler._process and scheduler._process.is_alive()):
+            scheduler.acquire_locks(auto_start=True)
+
+    # -- what to run next
+
+    def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
+        """The next job for RQ's own way. Our requests run inside: they never get there."""
+        is_burst, is_over = timeout is None, False
+        while True:
+            self._check_quota()
+            who = self.patiently(self._who_is_next)
+            if who == "ours" or (who == "nobody" and not is_burst):
+                reason = self._serve(is_burst, max_idle_time)
+                is_over = reason == "bored" or (reason == "empty" and is_burst)
+                if not is_over and reason != "foreign":
+                    continue
+            popped = self.patiently(lambda: super(Worker, self).dequeue_job_and_maintain_ttl(None, None))
+            if popped is not None:
+                self._rq_jobs += 1
+            if popped is not None or is_burst or is_over:
+                return popped
+
+    def _check_quota(self) -> None:
+        """RQ's own loop counts only its jobs. Raises StopRequested when there were enough of both."""
+        if self._most_jobs is not None and self._rq_jobs + self._stable.ended >= self._most_jobs:
+            self.log.info("Worker %s: finished executing %d jobs, quitting", self.name, self._most_jobs)
+            raise StopRequested
+
+    def _who_is_next(self) -> str:
+        """``ours``, ``foreign`` or ``nobody``, by the look of the first ticket."""
+        with self.connection.pipeline(transaction=False) as pipeline:
+            for queue in self._ordered_queues:
+                pipeline.lindex(queue.key, 0)
+            first = next((job_id for job_id in pipeline.execute() if job_id is not None), None)
+        if first is None:
+            return "nobody"
+        return "ours" if OURS.fullmatch(first) else "foreign"
+
+    def _serve(self, is_burst: bool, max_idle_time: int | None) -> str:
+        """Let the horse run requests until something else is to be done: why it came back.
+
+        Raises StopRequested when the worker is to end.
+        """
+        quota = 0
+        if self._most_jobs is not None:
+            quota = self._most_jobs - self._rq_jobs - self._stable.ended
+        names = tuple(queue.name for queue in self._ordered_queues)
+        reason = self._stable.serve(Order(names, quota, is_burst), max_idle_time)
+        if self._stop_requested or self._stable.is_leaving:
+            raise StopRequested
+        if reason == "suspended":
+            self.check_for_suspension(is_burst)
+        return reason
+
+    # -- RQ's own way, on a server that refuses
 
     def execute_job(self, job: Job, queue: rq.Queue) -> None:
-        # A SIGTERM lets a busy worker finish. RQ notes that later, when the attempt has been started.
-        self._state = WorkerStatus.BUSY
+        self._is_forked = False
         try:
-            self._run = self._start(job)
             super().execute_job(job, queue)
         except RedisError as error:
-            # RQ popped the job and could not note it, so no horse runs
             log.warning("%s: the server refused in the middle of a job: %s", job.id, error)
             self.executions.clear()
-            self._patiently(self._hand_back)
-            self._patiently(lambda: self.set_state(WorkerStatus.IDLE))
-        except SystemExit:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)  # somebody impatient must not interrupt what comes now
-            with contextlib.suppress(RedisError):
-                self._hand_back()
-            raise
-        finally:
-            execution.handed_over.pop(job.id, None)
-            self._run = None
+            if not self._is_forked:
+                # RQ popped it and could not note it: it is in no list any more
+                self.patiently(lambda: queue.push_job_id(job.id, at_front=True))
+            self.patiently(lambda: self.set_state(WorkerStatus.IDLE))
 
-    def _start(self, job: Job) -> _Run | None:
-        """Start the attempt here, before the fork: the parent must know the token of what it watches over."""
-        try:
-            if job.func_name != PERFORM:
-                return None
-            namespace, key = job.args
-            manager = execution.manager_for(namespace, self.connection)
-            began = time.monotonic()
-            # one id for all tries: a start whose reply was lost is then not a second one
-            start = partial(flows.start, manager.core, Key(key), job.id, self.name, secrets.token_hex(8))
-            attempt = self._patiently(lambda: manager.shell.run(start()))
-        except Exception as error:  # noqa: BLE001 -- one bad job must not end the worker
-            # It cannot be read, or the record is not ours. The horse meets the same, and RQ notes that it failed.
-            log.warning("%s: not started here: %s: %s", job.id, type(error).__name__, error)
-            return None
-        execution.handed_over[job.id] = attempt
-        if isinstance(attempt, State):
-            return None
-        limit = self._limit_of(attempt, manager)
-        # RQ's own limit was written by a client, which knows no routes
-        job.timeout = max(int(job.timeout or 0), int(limit) + GRACE)
-        return _Run(job.id, manager, attempt, limit, began, began)
+    def handle_job_failure(
+        self,
+        job: Job,
+        queue: rq.Queue,
+        started_job_registry: Any = None,
+        exc_string: str = "",
+        execution: Any = None,
+    ) -> None:
+        """RQ stores the traceback as UTF-8, which lone surrogates in a message are not."""
+        exc_string = exc_string.encode(errors="backslashreplace").decode()
+        super().handle_job_failure(job, queue, started_job_registry, exc_string, execution)
 
-    def _limit_of(self, attempt: Attempt, manager: RequestManager) -> float:
-        default = manager.settings.timeout
-        try:
-            return execution.handlers().match(attempt.request).route.timeout or default
-        except (NoHandler, RqarmError):
-            return default  # the horse will say what is wrong with it
-
-    def fork_work_horse(self, job: Job, queue: rq.Queue) -> None:
-        self._obituary = "the process ended without a result (exit code 0)"
-        super().fork_work_horse(job, queue)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.setpgid(self.horse_pid, self.horse_pid)  # the horse does so too; whoever comes first
-
-    def monitor_work_horse(self, job: Job, queue: rq.Queue, rq_execution: RqExecution) -> None:
-        run, group = self._run, self.horse_pid
-        try:
-            super().monitor_work_horse(job, queue, rq_execution)
-        except RedisError as error:
-            log.warning("%s: the server refused after the horse's end: %s", job.id, error)
-        finally:
-            _kill_group(group, signal.SIGKILL)  # what the handler left running
-        if run is not None:
-            self._account_for(run)
-
-    def maintain_heartbeats(self, job: Job, rq_execution: RqExecution) -> None:
+    def maintain_heartbeats(self, job: Job, rq_execution: Any) -> None:
         try:
             super().maintain_heartbeats(job, rq_execution)
         except RedisError as error:
             log.warning("%s: no heartbeat: %s", job.id, error)
-        if self._run is not None and self._run.job_id == job.id:
-            self._watch_over(self._run)
 
-    def _watch_over(self, run: _Run) -> None:
-        """Renew the lease; stop the horse when it is lost, or when nobody can say whose it is."""
-        sent = time.monotonic()
-        try:
-            run.manager.shell.run(flows.renew(run.manager.core, run.attempt))
-            run.renewed = sent
-        except LeaseLost as lost:
-            if lost.state in ENDED and not run.is_ending:
-                # most likely by the horse itself, which is now telling RQ: a kill would be noted there as a failure
-                run.is_ending, run.renewed = True, sent
-                return
-            run.death = str(lost.state)
-            log.warning("%s: %s", run.attempt.key, lost)
-        except RedisError as error:
-            log.warning("%s: the lease was not renewed: %s", run.attempt.key, error)
-        now = time.monotonic()
-        if now - run.renewed > run.manager.settings.lease * 2 / 3:
-            run.death = "lease"
-        elif now - run.began > run.limit + HARD_GRACE:
-            run.death = "time limit"
-        if run.death:
-            self.kill_horse()
+    # -- the order of the queues, which RQ changes by its strategy
 
-    def _account_for(self, run: _Run) -> None:
-        """The horse is gone. If its attempt is still open, nobody else can say so."""
-        try:
-            word = self._patiently(lambda: run.manager.shell.run(self._last_words(run)))
-        except (LeaseLost, RequestUnknown):
+    @property
+    def ordered_queues(self) -> list[rq.Queue]:
+        return self._ordered_queues
+
+    @property
+    def ordered_lists(self) -> tuple[str, ...]:
+        """RQ's names of the lists of these queues."""
+        if self._lists_of is not self._ordered_queues:
+            self._lists_of, self._lists = self._ordered_queues, tuple(queue.key for queue in self._ordered_queues)
+        return self._lists
+
+    def order_queues(self, names: tuple[str, ...]) -> None:
+        """As another process of this worker has left them."""
+        by_name = {queue.name: queue for queue in self._ordered_queues}
+        self._ordered_queues = [by_name[name] for name in names]
+
+    def reorder_after(self, list_name: str) -> None:
+        """Something was taken from this list of RQ."""
+        if self._dequeue_strategy == DequeueStrategy.DEFAULT and type(self).reorder_queues is rq.Worker.reorder_queues:
             return
-        if word in ("requeued", "quarantined"):
-            log.warning("%s: %s, %s", run.attempt.key, self._obituary, word)
+        self.reorder_queues(next(queue for queue in self._ordered_queues if queue.key == list_name))
+        self._lists_of = None  # RQ shuffles in place
 
-    def _last_words(self, run: _Run) -> flows.Flow[object]:
-        core, attempt = run.manager.core, run.attempt
-        if run.death == "time limit":
-            message = f"the handler did not stop at its limit of {run.limit:g} s and was killed"
-            return flows.fail(core, attempt, codec.pack_error(execution.TimeLimit, message, ""))
-        if run.death == "stopped":
-            return flows.cancel(core, attempt.key)
-        return flows.crash(core, attempt, codec.pack_error("WorkHorseDied", self._obituary, ""))
+    # -- what RQ asks of a horse
 
-    _obituary = "the process ended without a result"
+    @property
+    def horse_pid(self) -> int:
+        """The process that runs something now, RQ's or ours; 0 while idle."""
+        return self._horse_pid or self._stable.busy_pid
 
-    def handle_work_horse_killed(self, job: Job, retpid: Any, ret_val: Any, rusage: Any) -> None:
-        peak_mib = rusage.ru_maxrss // 1024 if rusage is not None else 0
-        if ret_val is not None and os.WIFSIGNALED(ret_val):
-            name = signal.Signals(os.WTERMSIG(ret_val)).name
-            self._obituary = f"the process was killed by {name}, at most {peak_mib} MiB used"
-        elif ret_val is not None:
-            self._obituary = f"the process exited with code {os.waitstatus_to_exitcode(ret_val)}"
-        super().handle_work_horse_killed(job, retpid, ret_val, rusage)  # type: ignore[no-untyped-call]
+    def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
+        """Kill the horse with its group. RQ's way kills the worker when there is no horse, or it has no group yet."""
+        if pid := self.horse_pid:
+            self.log.info("Worker %s: killing horse pid %s", self.name, pid)
+            kill_group(pid, sig)
+
+    def wait_for_horse(self) -> Any:
+        """RQ waits for its own horse here; ours is buried by the stable."""
+        return super().wait_for_horse() if self._horse_pid else (None, None, None)
+
+    def fork_work_horse(self, job: Job, queue: rq.Queue) -> None:
+        super().fork_work_horse(job, queue)
+        self._is_forked = True
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.setpgid(self._horse_pid, self._horse_pid)  # the horse does so too; whoever comes first
+
+    def perform_job(self, job: Job, queue: rq.Queue, rq_execution: Any) -> bool:
+        try:
+            return bool(super().perform_job(job, queue, rq_execution))
+        finally:
+            if not self.is_warm:
+                execution.close_resources()
+
+    # -- what people ask of a worker
+
+    def handle_payload(self, message: Any) -> None:
+        """RQ's commands. Stopping the job of a request cancels the request."""
+        payload = parse_payload(message)
+        if payload.get("command") == "stop-job" and self._stable.stop_job(str(payload.get("job_id"))):
+            return
+        super().handle_payload(message)  # type: ignore[no-untyped-call]
+
+    def request_stop_execution(self, execution_id: str) -> None:
+        known = self.executions.get(execution_id)
+        if known is None or not self._stable.stop_job(known.job_id):
+            super().request_stop_execution(execution_id)
+
+    def request_stop(self, signum: Any, frame: Any) -> None:
+        self._stable.halt()
+        try:
+            super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
+        finally:
+            self._stable.wake()
+
+    def _shutdown(self) -> None:
+        """A worker whose horse runs nothing ends at once; whether it does, only the horse knows for sure."""
+        if self._stable.is_serving and not self._stable.busy_pid:
+            self._stable.is_leaving = True
+        else:
+            super()._shutdown()  # type: ignore[no-untyped-call]
+
+    def handle_warm_shutdown_request(self) -> None:
+        """Say it where our own lines go: somebody pressed Ctrl-C and waits."""
+        if self.horse_pid:
+            log.warning("stopping when the request in hand has ended; stop again to hand it back at once")
+        super().handle_warm_shutdown_request()  # type: ignore[no-untyped-call]
+
+    def stop_scheduler(self) -> None:
+        """While requests run, the scheduler is not waited for: RQ does so in the handler of a signal, for a second or
+        more, and meanwhile nobody renews.
+        """
+        process = self.scheduler._process if self.scheduler is not None else None
+        if process is None or process.pid is None:
+            return
+        with contextlib.suppress(OSError):
+            os.kill(process.pid, signal.SIGTERM)
+        if self._is_over:
+            process.join()
+
+    def teardown(self) -> None:
+        self._is_over = True
+        if not self.is_horse:
+            self._stable.retire()
+        super().teardown()  # type: ignore[no-untyped-call]
 
     def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
         """RQ's listener ends at a BUSY or a LOADING, and no command reaches the worker ever after."""
@@ -288,40 +348,6 @@ class Worker(rq.Worker):
             raise exc
         log.warning("commands are not heard, listening again: %s", exc)
         time.sleep(DEAF)
-
-    def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
-        """Kill the horse with its group. RQ's way kills the worker when there is no horse, or it has no group yet."""
-        run = self._run
-        if run is not None and self._stopped_job_id == run.job_id:
-            run.death = "stopped"  # RQ's stop-job and stop-execution: for our requests a cancellation
-        if self.horse_pid:
-            self.log.info("Worker %s: killing horse pid %s", self.name, self.horse_pid)
-            _kill_group(self.horse_pid, sig)
-
-    def _hand_back(self) -> None:
-        """The horse does not run, or a cold shutdown has killed it: the request goes back unharmed, next in line."""
-        run = self._run
-        if run is not None:
-            with contextlib.suppress(LeaseLost):
-                run.manager.shell.run(flows.release(run.manager.core, run.attempt))
-
-    def handle_warm_shutdown_request(self) -> None:
-        """Say it where our own lines go: somebody pressed Ctrl-C and waits."""
-        if self.get_state() == WorkerStatus.BUSY:
-            log.warning("stopping when the request in hand has ended; stop again to hand it back at once")
-        super().handle_warm_shutdown_request()  # type: ignore[no-untyped-call]
-
-    # -- the horse
-
-    def perform_job(self, job: Job, queue: rq.Queue, rq_execution: RqExecution) -> bool:
-        try:
-            return bool(super().perform_job(job, queue, rq_execution))
-        finally:
-            execution.close_resources()
-
-    def setup_work_horse_signals(self) -> None:
-        super().setup_work_horse_signals()  # type: ignore[no-untyped-call]
-        _die_with(self.pid)
 
 
 class OursAsJson:
@@ -333,16 +359,3 @@ class OursAsJson:
     def loads(data: bytes) -> Any:
         # a pickle of RQ starts with the byte 0x80
         return JSONSerializer.loads(data) if data[:1] == b"[" else PickleSerializer.loads(data)
-
-
-def _kill_group(group: int, sig: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, sig)
-
-
-def _die_with(parent: int | None) -> None:
-    """A horse whose parent was killed must not go on: nobody renews its lease. Linux only; elsewhere it is fenced."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
