@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["tests/test_transitions.py", "tests/test_model.py", "tests/test_execution.py", "tests/test_waiting.py"]
+TESTS = [
+    "tests/test_transitions.py", "tests/test_limits.py", "tests/test_model.py", "tests/test_execution.py",
+    "tests/test_waiting.py",
+]  # fmt: skip
 HELD = "if claim.state ~= 'in_progress' or claim.token ~= token then"
 NOT_FENCED = "if claim.state ~= 'in_progress' then"
 
@@ -61,12 +64,11 @@ MUTANTS = [
         "math.max(tonumber(redis.call('GET', seq_name()) or 0) + 1, now_us)",
         "tonumber(redis.call('GET', seq_name()) or 0) + 1",
     ),
-    Mutant("complete-keeps-the-lock", "lua/prelude.lua", "  redis.call('DEL', lock_name(key))\n", ""),
     Mutant(
         "complete-keeps-the-lease",
         "lua/prelude.lua",
-        "  redis.call('DEL', lock_name(key))\n  redis.call('ZREM', leases_name(), key)\n",
-        "  redis.call('DEL', lock_name(key))\n",
+        "vacate(key, fields.limit) end\n  redis.call('ZREM', leases_name(), key)\n  redis.call('HDEL'",
+        "vacate(key, fields.limit) end\n  redis.call('HDEL'",
     ),
     Mutant("no-wake-up", "lua/prelude.lua", "  wake(key, 'completed')\n", ""),
     Mutant("commit-of-a-torn-result", "lua/complete.lua", "if missing > 0 then", "if false then"),
@@ -104,7 +106,7 @@ MUTANTS = [
         "elseif state and claim.job_id == job_id then",
         "elseif false then",
     ),
-    Mutant("submit-ignores-another-uri", "lua/submit.lua", "if state and claim.uri ~= uri then", "if false then"),
+    Mutant("submit-ignores-another-uri", "lua/submit.lua", "if state and known_uri ~= uri then", "if false then"),
     Mutant("sweep-without-re-push", "lua/sweep.lua", "    report(ticketless, key, claim, claim.job_id)\n", ""),
     Mutant(
         "sweep-without-clamp",
@@ -112,6 +114,7 @@ MUTANTS = [
         "if tonumber(fields.lease_until) > now_ms + 2 * one then",
         "if false then",
     ),
+    Mutant("replaced-job-stays", "lua/prelude.lua", "  retire(fields.job_id, job_id, commands)\n", ""),
     Mutant("revive-whatever-is-queued", "lua/revive.lua", " or claim.job_id ~= old_job_id", ""),
     Mutant(
         "cancel-leaves-the-line",
@@ -127,6 +130,89 @@ MUTANTS = [
     ),
     Mutant(
         "forget-in-flight", "lua/forget.lua", "if state == 'pending' or state == 'in_progress' then", "if false then"
+    ),
+    Mutant("admit-without-token", "lua/admit.lua", HELD, NOT_FENCED),
+    Mutant("admit-whoever-asks", "lua/admit.lua", "if taken < max or displace() then", "if true then"),
+    Mutant(
+        "admit-parks-when-asked-again",
+        "lua/admit.lua",
+        "if claim.limit == limit and redis.call('ZSCORE'",
+        "if false and redis.call('ZSCORE'",
+    ),
+    Mutant(
+        "admit-overtakes-who-was-called",
+        "lua/admit.lua",
+        "redis.call('ZCARD', running_name(limit)) + redis.call('ZCARD', called_name(limit))",
+        "redis.call('ZCARD', running_name(limit))",
+    ),
+    Mutant("admit-displaces-anybody", "lua/admit.lua", "if score > behind then", "if not last then"),
+    Mutant("admit-keeps-a-place-for-ever", "lua/admit.lua", "< now_ms - KEPT_MS then", "< 0 then"),
+    Mutant(
+        "admit-ignores-new-places",
+        "lua/admit.lua",
+        "first those who wait.\ncall_up(limit)\n",
+        "first those who wait.\n",
+    ),
+    Mutant("park-counts-an-attempt", "lua/admit.lua", "redis.call('HINCRBY', status, 'attempts', -1)\n", ""),
+    Mutant(
+        "an-end-keeps-its-place",
+        "lua/prelude.lua",
+        "  if fields.limit then vacate(key, fields.limit) end\n"
+        "  redis.call('ZREM', leases_name(), key)\n  redis.call('HDEL'",
+        "  redis.call('ZREM', leases_name(), key)\n  redis.call('HDEL'",
+    ),
+    Mutant(
+        "a-retry-keeps-its-place",
+        "lua/prelude.lua",
+        "  if fields.limit then vacate(key, fields.limit) end\n"
+        "  redis.call('ZREM', leases_name(), key)\n  local ticket",
+        "  redis.call('ZREM', leases_name(), key)\n  local ticket",
+    ),
+    Mutant("a-free-place-calls-nobody", "lua/prelude.lua", "key)\n  call_up(limit)\n", "key)\n"),
+    Mutant("the-last-in-line-is-called", "lua/prelude.lua", "'ZPOPMIN'", "'ZPOPMAX'"),
+    Mutant(
+        "whatever-is-parked-is-called",
+        "lua/prelude.lua",
+        "if fields.state == 'pending' and fields.limit == limit and fields.recall then",
+        "if fields then",
+    ),
+    Mutant(
+        "a-call-that-fails-stops-the-end",
+        "lua/prelude.lua",
+        "pcall(replay, chosen[i].recall, chosen[i].recall_data)",
+        "replay(chosen[i].recall, chosen[i].recall_data)",
+    ),
+    Mutant(
+        "who-was-called-must-ask-anew", "lua/prelude.lua", "redis.call('ZREM', called_name(limit), key) == 1", "false"
+    ),
+    Mutant("sweep-keeps-lost-places", "lua/sweep.lua", "  check_limits()\n", ""),
+    Mutant("worker-asks-for-no-place", "worker/execution.py", "if route.max_running is None:", "if True:"),
+    Mutant(
+        "take-passes-over-what-is-foreign",
+        "lua/take.lua",
+        "if taken or foreign then break end",
+        "if taken then break end",
+    ),
+    Mutant(
+        "take-swallows-foreign-jobs",
+        "lua/take.lua",
+        "if not claim.state and is_job and not is_ours(job_id)",
+        "if false",
+    ),
+    Mutant("take-stops-at-foreign-records", "lua/take.lua", "if values.err then return nil, job_id end\n", ""),
+    Mutant("a-suspended-worker-takes", "lua/take.lua", "redis.call('EXISTS', suspended) == 1", "false"),
+    Mutant("take-deletes-the-job-of-what-starts", "lua/take.lua", "not (is_next and is_worker)", "true"),
+    Mutant(
+        "take-deletes-the-job-of-what-runs",
+        "lua/take.lua",
+        "claim.state == 'in_progress' and claim.job_id == job_id",
+        "false",
+    ),
+    Mutant("take-leaves-the-jobs-of-old-tickets", "lua/take.lua", "if not is_running and not", "if false and not"),
+    Mutant("take-starts-two-for-one-execution", "lua/take.lua", "if last_exec == exec and", "if false and"),
+    *(
+        Mutant(f"{verb}-leaves-its-job", f"lua/{verb}.lua", "if job ~= '' then redis.call('UNLINK', job) end\n", "")
+        for verb in ("complete", "retry", "release")
     ),
     Mutant("waiter-reads-before-it-listens", "flows.py", "    yield Watch(tuple(waiting))\n", ""),
     Mutant(
