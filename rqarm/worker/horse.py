@@ -502,7 +502,8 @@ class OneHorse(Horse):
 
     def _room(self) -> int:
         """How many more may be taken in place of the one that ends."""
-        return max(0, self._last - self.ended - self.in_hand) if self._last else PLACES
+        ends = [end for end in (self._last, self.settings.max_jobs_per_horse) if end]
+        return max(0, min(ends) - self.ended - self.in_hand) if ends else PLACES
 
     def _settle(self) -> None:
         """Hear what the server says of the one that has rested longest, and finish it."""

@@ -73,8 +73,10 @@ class Worker(rq.Worker):
     def work(self, *args: Any, **kwargs: Any) -> bool:
         """As in RQ. ``max_jobs`` counts requests and jobs."""
         self._most_jobs = inspect.signature(super().work).bind(*args, **kwargs).arguments.get("max_jobs")
+        before = self._stable.ended
+        self._rq_jobs = -before
         worked = super().work(*args, **kwargs)
-        return worked or self._stable.ended > 0
+        return worked or self._stable.ended > before
 
     def bootstrap(self, *args: Any, **kwargs: Any) -> None:
         """Raises ConfigError: who cannot load the handlers must not take requests from those who can."""
