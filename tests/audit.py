@@ -198,8 +198,6 @@ class _Audit:
         prefix: str = Job.redis_job_namespace_prefix
         jobs = {n.removeprefix(prefix): entry for n, entry in self.stored.items() if n.startswith(prefix)}
         for job_id, (_, value, _) in jobs.items():
-            if set(value) == {b"last_heartbeat"}:
-                continue  # RQ's heartbeat of a job that has just ended, which RQ deletes at once
             if not decompress(value[b"data"]).startswith(b"["):
                 continue  # an ordinary job, pickled: ours never are
             call = arguments_of(value[b"data"])

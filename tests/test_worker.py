@@ -106,7 +106,7 @@ def test_a_limit_holds_across_workers_in_the_order_of_the_line(
     home: embedded.PrivateServer, tmp_path: Any, kind: str
 ) -> None:
     """Three workers and two places: the third parks what comes, and runs what has no limit meanwhile."""
-    with crew(home.url, tmp_path) as hired:
+    with servers.throwaway(home.binary) as server, crew(server.url, tmp_path) as hired:
         for worker in [hired.start(kind) for _ in range(3)]:
             hired.wait_for(worker)
         rm, names = hired.rm, [str(n) for n in range(12)]

@@ -147,11 +147,7 @@ class ManyHorse(Horse):
         self._queued_alone = 0
 
     def serve(self, order: Order) -> str:
-        waiting = self.begin(order)
-        try:
-            return execution.event_loop().run(self._serve(order, waiting))
-        finally:
-            waiting.close()
+        return execution.event_loop().run(self._serve(order, self.begin(order)))
 
     async def _serve(self, order: Order, waiting: Waiting) -> str:
         loop = asyncio.get_running_loop()
@@ -178,6 +174,8 @@ class ManyHorse(Horse):
             if sleeper is not None:
                 sleeper.cancel()
                 await asyncio.wait([sleeper])
+            # in the thread that may still be at it for the sleeper
+            await self._pump.run(waiting.close)
             if self._reports:
                 await asyncio.wait(self._reports)
 
