@@ -538,7 +538,8 @@ def test_a_stopping_worker_takes_nothing_more_although_its_scheduler_is_slow_to_
     for pid in schedulers:
         os.kill(pid, signal.SIGCONT)
     assert worker.wait() == 0
-    assert team.rm.status(waiting).state is State.PENDING
+    status = team.rm.status(waiting)
+    assert (status.state, status.attempts) == (State.PENDING, 0)
 
 
 # -- leases
