@@ -11,6 +11,7 @@ from rqarm import connect, flows
 from rqarm.cache import AsyncCache
 from rqarm.config import Settings
 from rqarm.flows import Core, Event
+from rqarm.inspect import Overview, overview
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus
 from rqarm.queue import AsyncQueues
@@ -84,6 +85,9 @@ class AsyncRequestManager:
 
     async def explain(self, request: BatchRequest | str) -> Explanation:
         return await self.shell.run(explain(self.core, request))
+
+    async def overview(self) -> Overview:
+        return await self.shell.run(overview(self.core))
 
     def events(self, since: str | None = None, timeout: float | None = None) -> AsyncIterator[Event]:
         return self.shell.iterate(flows.events(self.core, since, timeout))

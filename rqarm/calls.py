@@ -205,6 +205,45 @@ class Stats:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One queue: what waits, and who works on it.
+
+    ``oldest_ms`` -1 = nothing waits. ``load_ms``: estimated run times of what waits; ``left_ms``: rest of what runs.
+    """
+
+    name: str
+    waiting: int
+    oldest_ms: int
+    load_ms: int
+    running: int
+    left_ms: int
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class LiveWorker:
+    """An RQ worker that is alive. ``version`` of rqarm, "" = it does not say."""
+
+    name: str
+    state: str
+    version: str
+    last_heartbeat: str
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """The raw numbers of a namespace, which rqarm.inspect reads. ``hot``: key, votes, uri, state, bytes."""
+
+    now_ms: int
+    families: dict[str, dict[str, str]]
+    lines: tuple[Line, ...]
+    workers: tuple[LiveWorker, ...]
+    numbers: dict[str, int]
+    hot: tuple[tuple[str, int, str, str, int], ...]
+    runtimes: dict[str, int]
+
+
 class Calls:
     """Every transition of one namespace, as values."""
 
@@ -502,9 +541,9 @@ class Calls:
                 "stats", reply
             )
             return Stats(
-                submissions=_counts(submissions),
-                executions=_counts(executions),
-                sweeps=_counts(sweeps),
+                submissions=_outcomes(submissions),
+                executions=_outcomes(executions),
+                sweeps=_outcomes(sweeps),
                 bytes=int(size),
                 temporary=int(temporary),
                 sticky=int(sticky),
@@ -514,6 +553,35 @@ class Calls:
             )
 
         return self._index_call("stats", self.keys.named("queues"), (), parse)
+
+    def overview(self) -> Call[Census]:
+        """Counters, lines, workers and sizes of the namespace, in one look that only reads."""
+
+        def parse(reply: Any) -> Census:
+            _, now_ms, families, lines, workers, numbers, hot, runtimes = _words("overview", reply)
+            return Census(
+                now_ms=int(now_ms),
+                families={_text(name): _texts(counted) for name, counted in _rows(families, 2)},
+                lines=tuple(Line(_text(name), *map(int, rest)) for name, *rest in lines),
+                workers=tuple(LiveWorker(*map(_text, row)) for row in _rows(workers, 4)),
+                numbers=_counts(numbers),
+                hot=tuple(
+                    (_text(key), int(votes), _text(uri).split("\n", 2)[-1], _text(state), int(float(size)))
+                    for key, votes, uri, state, size in _rows(hot, 5)
+                ),
+                runtimes=_counts(runtimes),
+            )
+
+        return self._index_call("overview", self.keys.named("queues"), self.delivery.worker_sets("*"), parse)
+
+    def server_info(self) -> Command[dict[str, Any]]:
+        """INFO: memory, statistics and errors of the whole server, as redis-py reads them."""
+        argv = ("INFO", "server", "clients", "memory", "stats", "commandstats", "errorstats")
+        return Command(argv, lambda reply: dict(reply) if isinstance(reply, dict) else {})
+
+    def waited_for(self) -> Command[int]:
+        """How many keys somebody waits for: channels of ours with a subscription."""
+        return Command(("PUBSUB", "CHANNELS", self.keys.pubsub_prefix + "*"), len)
 
     def chunk(self, stored: Stored, n: int) -> Command[bytes | None]:
         """The n-th stored piece of a result, or None when it is gone."""
@@ -767,6 +835,15 @@ def _overdue(row: Sequence[Any]) -> Overdue:
 
 def _counts(flat: list[Any]) -> dict[str, int]:
     return {_text(name): int(n) for name, n in _rows(flat, 2)}
+
+
+def _outcomes(flat: list[Any]) -> dict[str, int]:
+    """The counters that are plain words; beside them stand those of ``tally``, whose names have a colon or a number."""
+    return {name: int(n) for name, n in _texts(flat).items() if name.replace("_", "").isalpha()}
+
+
+def _texts(flat: list[Any]) -> dict[str, str]:
+    return {_text(name): _text(value) for name, value in _rows(flat, 2)}
 
 
 def _entries(raw: Iterable[Any]) -> list[tuple[str, dict[str, str]]]:

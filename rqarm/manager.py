@@ -11,6 +11,7 @@ from rqarm import connect, flows
 from rqarm.cache import Cache
 from rqarm.config import Settings
 from rqarm.flows import Core, Event
+from rqarm.inspect import Overview, overview
 from rqarm.model import BatchStatus
 from rqarm.queue import Queues
 from rqarm.request import BatchRequest
@@ -116,6 +117,13 @@ class RequestManager:
     def explain(self, request: BatchRequest | str) -> Explanation:
         """The canonical form, which rule changed what, the key, and what a submit would do now. Submits nothing."""
         return self.shell.run(explain(self.core, request))
+
+    def overview(self) -> Overview:
+        """Queues, hit rate, memory, failures and what needs attention, in one round trip; it only reads.
+
+        See rqarm.inspect for its fields; ``to_dict`` is JSON-ready.
+        """
+        return self.shell.run(overview(self.core))
 
     def events(self, since: str | None = None, timeout: float | None = None) -> Iterator[Event]:
         """Transitions as they happen, until ``timeout`` seconds pass without one (None = for ever, 0 = what is there).

@@ -44,7 +44,7 @@ end
 redis.call('ZREM', quarantine_name(), key)
 redis.call('UNLINK', callbacks_name(key))
 -- A result that was evicted still stands in the indexes.
-if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key) end
+if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key, 'lost') end
 commit(key, owner, claim.done_token or owner, sticky == '1', ttl_ms, size_bytes, chunks, envelope, bytes)
 event('put', key, 'completed')
 return {'stored'}

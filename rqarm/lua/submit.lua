@@ -57,8 +57,7 @@ local is_live = false
 if state == 'pending' then
   is_live = DELIVERED[redis.call('HGET', job_prefix .. claim.job_id, 'status') or '']
 elseif state == 'in_progress' then
-  local time = redis.call('TIME')
-  is_live = tonumber(claim.lease_until) > time[1] * 1000 + time[2] / 1000
+  is_live = tonumber(claim.lease_until) > now_ms
 end
 
 -- A plain hit and a plain join, which most submits are, are answered before the rest is even defined: a script makes its
@@ -76,7 +75,7 @@ else
 end
 if adds_nothing then
   local outcome = stored and 'hit' or 'joined'
-  count('submissions', outcome)
+  count_submission(outcome, key, family, claim)
   return {outcome, packed_record(values), stored}
 end
 
@@ -138,7 +137,9 @@ local function claim_it()
   local ticket = next_seq()
   if state then
     -- A result that was evicted or deleted still stands in the indexes; a sticky one would for ever.
-    if state == 'completed' or redis.call('EXISTS', result_name(key)) == 1 then drop_result(key) end
+    if state == 'completed' or redis.call('EXISTS', result_name(key)) == 1 then
+      drop_result(key, redis.call('EXISTS', result_name(key)) == 0 and 'lost' or 'replaced')
+    end
     redis.call('DEL', status)
     redis.call('PERSIST', callbacks_name(key))
     redis.call('ZREM', quarantine_name(), key)
@@ -206,10 +207,10 @@ elseif max_pending > 0 and redis.call('ZCARD', pending_name(queue)) >= max_pendi
   outcome, extra = 'refused', redis.call('ZCARD', pending_name(queue))
 else
   claim_it()
-  count('submissions', 'new')
+  count_submission('new', key, family, claim)
   return {'new', '', {int(now_ms), int(est_ms)}}
 end
 
-count('submissions', outcome)
+count_submission(outcome, key, family, claim)
 if outcome == 'conflict' or outcome == 'corrupt' then return {outcome, extra} end
 return {outcome, answer_fields(key), extra}
