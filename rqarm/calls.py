@@ -286,6 +286,7 @@ class Calls:
             settings.max_pending,
             settings.max_attempts,
             int(again),
+            _tag_lines(request),
         )
 
         def parse(reply: Any) -> Found:
@@ -359,6 +360,7 @@ class Calls:
             int(request.sticky),
             ms(request.ttl or self.settings.ttl),
             *_envelope_argv(envelope, inline),
+            _tag_lines(request),
         )
 
         def parse(reply: Any) -> None:
@@ -523,14 +525,23 @@ class Calls:
 
         return self._index_call("browse", index, (offset, limit), parse)
 
-    def clear(self, *, temporary_only: bool) -> Call[tuple[int, int]]:
-        """One step: (forgotten, looked at). Go on while the second is not 0."""
+    def clear(
+        self,
+        *,
+        temporary_only: bool,
+        step: int = STEP,
+        route: str = "",
+        pattern: str = "",
+        age_ms: int = 0,
+        cursor: str = "",
+    ) -> Call[tuple[int, int, str]]:
+        """One step: (forgotten, looked at, cursor). Go on from the cursor while the second is not 0."""
 
-        def parse(reply: Any) -> tuple[int, int]:
-            _, cleared, looked_at = _words("clear", reply)
-            return int(cleared), int(looked_at)
+        def parse(reply: Any) -> tuple[int, int, str]:
+            _, cleared, looked_at, behind = _words("clear", reply)
+            return int(cleared), int(looked_at), _text(behind)
 
-        argv = ("(+inf" if temporary_only else "+inf", STEP)
+        argv = ("(+inf" if temporary_only else "+inf", step, route, pattern, age_ms, cursor)
         return self._index_call("clear", self.keys.named("results"), argv, parse)
 
     def stats(self) -> Call[Stats]:
@@ -685,6 +696,11 @@ def _held_word(verb: str, key: Key) -> Callable[[Any], str]:
 
 def _envelope_argv(envelope: Envelope, inline: bytes | None) -> tuple[Any, ...]:
     return (envelope.stored, envelope.chunks, _packed_envelope(envelope), inline or b"")
+
+
+def _tag_lines(request: BatchRequest) -> str:
+    """The tags as the record has them: a line break before and behind each; "" = none."""
+    return "".join(f"\n{tag}" for tag in request.tags) + "\n" if request.tags else ""
 
 
 def _packed_envelope(envelope: Envelope) -> bytes:
@@ -852,3 +868,9 @@ def _entries(raw: Iterable[Any]) -> list[tuple[str, dict[str, str]]]:
         pairs = fields.items() if isinstance(fields, dict) else _rows(fields, 2)
         found.append((_text(entry_id), {_text(name): _text(value) for name, value in pairs}))
     return found
+
+
+# -- for the modules that read answers of scripts of their own (rqarm.browse)
+
+read_words, read_status, read_envelope, read_events = _words, _status, _envelope, _entries
+text_of, joined, rows = _text, _joined, _rows

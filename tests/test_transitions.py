@@ -22,7 +22,7 @@ from drive import ERROR, LEASE_MS, STATES, STORED_STATE, Rig, Seeded, Snapshot, 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rqarm import RequestManager, codec, connect, embedded, flows
+from rqarm import RequestManager, browse, codec, connect, embedded, flows
 from rqarm.calls import Attempt, Call, Found, Overdue, Ticket
 from rqarm.errors import ForeignData, KeyConflict, LeaseLost, RqarmError
 from rqarm.keys import URI_FIELDS
@@ -1425,7 +1425,7 @@ def test_a_run_time_is_learned_for_the_next_of_its_family(rig: Rig) -> None:
 
 def test_clear_temporary_leaves_sticky_results_and_what_is_in_flight(rig: Rig) -> None:
     seeded = {state: rig.seed(state, f"/{state}") for state in ("completed", "sticky", "mine", "failed")}
-    assert rig.run(flows.clear(rig.core, temporary_only=True)) == 1
+    assert rig.run(browse.clear(rig.core, None, None, temporary_only=True)) == 1
     states = {state: rig.state(each.key) for state, each in seeded.items()}
     assert states == {
         "completed": State.UNKNOWN,
@@ -1434,7 +1434,7 @@ def test_clear_temporary_leaves_sticky_results_and_what_is_in_flight(rig: Rig) -
         "failed": State.FAILED,
     }
     audit(rig.client, rig.keys)
-    assert rig.run(flows.clear(rig.core, temporary_only=False)) == 1
+    assert rig.run(browse.clear(rig.core, None, None, temporary_only=False)) == 1
     assert rig.client.zcard(rig.named("results")) == 0
     audit(rig.client, rig.keys)
 
@@ -1442,7 +1442,7 @@ def test_clear_temporary_leaves_sticky_results_and_what_is_in_flight(rig: Rig) -
 def test_clear_works_through_more_than_one_step(rig: Rig) -> None:
     for n in range(230):
         rig.reply(rig.put(BatchRequest(f"/{n}"), f"owner{n}"))
-    assert rig.run(flows.clear(rig.core, temporary_only=False)) == 230
+    assert rig.run(browse.clear(rig.core, None, None, temporary_only=False)) == 230
     audit(rig.client, rig.keys)
 
 

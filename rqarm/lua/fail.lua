@@ -31,6 +31,7 @@ if negative_ms > 0 then redis.call('HSET', status, 'negative_until', int(now_ms 
 redis.call('PEXPIRE', status, int(math.max(failure_ttl_ms, negative_ms)))
 redis.call('PEXPIRE', callbacks_name(key), int(failure_ttl_ms))
 wake(key, 'failed')
+list_failure(key)
 count_end('failed', claim)
 event('fail', key, 'failed')
 return {'failed'}

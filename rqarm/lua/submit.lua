@@ -24,6 +24,7 @@
 -- ARGV max_pending      int    0 = no limit
 -- ARGV max_attempts     int    crashes after which a request is set aside
 -- ARGV again            0|1    run again whatever is cached
+-- ARGV tags             str    a line each, with a line break before the first; '' = none
 --
 -- Returns {'new', record, fresh} | {'joined', record} | {'hit', record, result} | {'negative', record}
 -- Returns {'refused', record, pending} | {'conflict', uri} | {'corrupt', state}
@@ -38,7 +39,7 @@ local sticky, ttl_ms, fallback_ttl_ms = ARGV[11], tonumber(ARGV[12]), tonumber(A
 local est_ms, family = tonumber(ARGV[14]), ARGV[15]
 local payload_id, payload = ARGV[16], ARGV[17]
 local max_pending, max_attempts = tonumber(ARGV[18]), tonumber(ARGV[19])
-local again = ARGV[20]
+local again, tags = ARGV[20], ARGV[21]
 
 -- Everything that is asked about the record, in one look: first what the caller gets.
 local names = {unpack(RECORD_FIELDS)}
@@ -153,6 +154,7 @@ local function claim_it()
     'priority', int(priority), 'sticky', sticky, 'ttl_ms', int(ttl_ms), 'fallback_ttl_ms', int(fallback_ttl_ms),
     'est_ms', int(est_ms), 'ticket', int(ticket), 'slot', slot, 'submitted_ms', int(now_ms), 'pushed_ms', int(now_ms),
     uri_fields(uri))
+  if tags ~= '' then index_tags(key, tags) end
   keep_payload()
   replay(commands, data)
   event('submit', key, 'pending')
