@@ -13,6 +13,7 @@ from flask import Blueprint, Response, jsonify, redirect, request, url_for
 from rqarm.dashboard.security import note
 from rqarm.dashboard.state import Dashboard
 from rqarm.errors import InvalidRequest, RequestUnknown
+from rqarm.model import Key
 from rqarm.uri import check_key
 
 Arguments = Mapping[str, str]
@@ -138,8 +139,94 @@ def forget(dashboard: Dashboard, given: Arguments) -> Done:
     return Done("forgotten" if dashboard.manager.forget(key) else "unknown", key)
 
 
+def release(dashboard: Dashboard, given: Arguments) -> Done:
+    """Take a running request away from its worker: it is next in line, and the attempt does not count."""
+    key = check_key(given["key"])
+    return Done("released" if dashboard.manager.release(key) else "not_running", key)
+
+
+# -- results
+
+
+def pin(dashboard: Dashboard, given: Arguments) -> Done:
+    """Make a result sticky."""
+    key = check_key(given["key"])
+    return Done("pinned" if dashboard.manager.cache.pin(key) else "no_result", key)
+
+
+def unpin(dashboard: Dashboard, given: Arguments) -> Done:
+    """Let a sticky result expire, after the usual time."""
+    key = check_key(given["key"])
+    return Done("unpinned" if dashboard.manager.cache.unpin(key) else "no_result", key)
+
+
+def set_ttl(dashboard: Dashboard, given: Arguments) -> Done:
+    """Let a result expire after ``seconds`` from now on."""
+    key = check_key(given["key"])
+    return Done("retained" if dashboard.manager.cache.set_ttl(key, _seconds(given)) else "no_result", key)
+
+
+def clear_temporary(dashboard: Dashboard, _: Arguments) -> Done:
+    """Forget every result that is not sticky."""
+    return Done("cleared", "temporary", dashboard.manager.cache.clear_temporary())
+
+
+def clear_route(dashboard: Dashboard, given: Arguments) -> Done:
+    """Forget the results of ``route``, sticky ones too."""
+    route = given.get("route", "").strip()
+    if not route:
+        raise InvalidRequest("say which: a path as it begins, such as /cities, or an operation", where="route")
+    return Done("cleared", f"route {route}", dashboard.manager.cache.clear(route=route))
+
+
+def invalidate(dashboard: Dashboard, given: Arguments) -> Done:
+    """Forget the results that carry ``tag``, sticky ones too."""
+    tag = given.get("tag", "").strip()
+    if not tag:
+        raise InvalidRequest("say which tag", where="tag")
+    return Done("cleared", f"tag {tag}", dashboard.manager.cache.invalidate(tag))
+
+
+# -- the quarantine
+
+
+def requeue(dashboard: Dashboard, given: Arguments) -> Done:
+    """Run what was set aside again: ``key``, or all of ``exception``, ``route``, ``reason``."""
+    return _moved("requeued", given, dashboard.manager.quarantine.requeue)
+
+
+def discard(dashboard: Dashboard, given: Arguments) -> Done:
+    """Drop what was set aside: ``key``, or all of ``exception``, ``route``, ``reason``."""
+    return _moved("discarded", given, dashboard.manager.quarantine.discard)
+
+
+def _moved(word: str, given: Arguments, move: Callable[..., Mapping[Key, str]]) -> Done:
+    if key := given.get("key", ""):
+        words = move(check_key(key))
+        outcome = next(iter(words.values()))
+        return Done(word if outcome == word else outcome, key)
+    chosen = {name: given[name] for name in ("exception", "route", "reason") if given.get(name)}
+    words = move(**chosen)
+    return Done(word, str(chosen), sum(each == word for each in words.values()))
+
+
+def _seconds(given: Arguments) -> float:
+    text = given.get("seconds", "").strip()
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidRequest(f"a number of seconds is needed, not {ascii(text)[:40]}", where="seconds") from None
+
+
 ACTIONS: tuple[Action, ...] = (
     Action("cancel", "/requests/<key>/cancel", cancel),
     Action("resubmit", "/requests/<key>/resubmit", resubmit),
     Action("forget", "/requests/<key>/forget", forget, back="requests"),
+    Action("release", "/requests/<key>/release", release),
+    Action("pin", "/requests/<key>/pin", pin),
+    Action("unpin", "/requests/<key>/unpin", unpin),
+    Action("ttl", "/requests/<key>/ttl", set_ttl),
+    Action("clear_temporary", "/cache/clear-temporary", clear_temporary, back="cache"),
+    Action("clear_route", "/cache/clear-route", clear_route, back="cache"),
+    Action("invalidate", "/cache/invalidate", invalidate, back="cache"),
 )

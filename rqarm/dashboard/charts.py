@@ -103,3 +103,21 @@ def submissions(minutes: Sequence[Mapping[str, Any]], series: Sequence[str]) -> 
     told = ", ".join(f"{count:,} {name}" for name, count in total.items() if count) or "none"
     summary = f"Submissions in the last {len(minutes)} minutes: {told}. Times are UTC."
     return stacked(counts, series, labels, title=summary, summary=summary)
+
+
+def ranges(counts: Sequence[Mapping[str, Any]], title: str) -> Markup:
+    """A histogram of durations; each range has ``upto`` in seconds (None = above all) and ``count``."""
+    last = next((each["upto"] for each in reversed(counts) if each["upto"] is not None), 0.0)
+    named = [
+        (f"≤ {_short(each['upto'])}" if each["upto"] is not None else f"> {_short(last)}", each["count"])
+        for each in counts
+    ]
+    told = ", ".join(f"{label}: {count:,}" for label, count in named if count) or "none"
+    return bars(named, title=title, summary=f"{title}: {told}")
+
+
+def _short(seconds: float) -> str:
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:g} {unit}"
+    return f"{seconds:g} s"

@@ -32,10 +32,15 @@ class Page:
 
 PAGES = (
     Page("overview", "/", "Overview", documents.overview),
+    Page("requests", "/requests", "Requests", documents.requests),
+    Page("request", "/requests/<key>", "Request", documents.request),
+    Page("cache", "/cache", "Cache", documents.cache),
+    Page("claims", "/claims", "Claims", documents.claims),
+    Page("workers", "/workers", "Workers", documents.workers),
 )
 
 #: of the API only
-MORE: dict[str, Callable[[Dashboard, Arguments], Document]] = {}
+MORE: dict[str, Callable[[Dashboard, Arguments], Document]] = {"/explain": documents.explain, "/events": documents.events}
 
 
 def add_to(blueprint: Blueprint, dashboard: Dashboard, api: str) -> None:

@@ -66,8 +66,14 @@ def plural(count: int, one: str, many: str = "") -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
+def event_time(event_id: str) -> datetime:
+    """When an event happened: its id begins with Unix milliseconds."""
+    return datetime.fromtimestamp(int(event_id.partition("-")[0]) / 1000, UTC)
+
+
 FILTERS: dict[str, Callable[..., Any]] = {
     "ago": ago,
+    "event_time": event_time,
     "clock": clock,
     "number": number,
     "seconds": seconds,
