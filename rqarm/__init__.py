@@ -33,11 +33,10 @@ from rqarm.handlers import Handlers, Retry
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, Outcome, Priority, State
 from rqarm.request import BatchRequest
+from rqarm.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from rqarm.worker import Worker
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AsyncRequestManager",

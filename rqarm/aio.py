@@ -7,10 +7,12 @@ from typing import Any
 
 import redis.asyncio
 
-from rqarm import connect, flows
+from rqarm import browse, connect, flows
+from rqarm.browse import ClaimPage, RequestDetail, SearchPage, WorkersView
 from rqarm.cache import AsyncCache
 from rqarm.config import Settings
 from rqarm.flows import Core, Event
+from rqarm.inspect import Overview, overview
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus
 from rqarm.queue import AsyncQueues
@@ -84,6 +86,36 @@ class AsyncRequestManager:
 
     async def explain(self, request: BatchRequest | str) -> Explanation:
         return await self.shell.run(explain(self.core, request))
+
+    async def overview(self) -> Overview:
+        return await self.shell.run(overview(self.core))
+
+    async def search(
+        self,
+        text: str = "",
+        *,
+        state: str | None = None,
+        route: str | None = None,
+        tag: str | None = None,
+        queue: str | None = None,
+        cursor: str = "",
+        limit: int = 50,
+    ) -> SearchPage:
+        return await self.shell.run(
+            browse.search(self.core, text, state=state, route=route, tag=tag, queue=queue, cursor=cursor, limit=limit)
+        )
+
+    async def inspect(self, key: str, *, values: bool = False) -> RequestDetail:
+        return await self.shell.run(browse.inspect(self.core, key, values=values))
+
+    async def claims(self, *, offset: int = 0, limit: int = 50) -> ClaimPage:
+        return await self.shell.run(browse.claims(self.core, offset, limit))
+
+    async def release(self, key: str) -> bool:
+        return await self.shell.run(browse.release(self.core, key))
+
+    async def workers(self) -> WorkersView:
+        return await self.shell.run(browse.workers(self.core))
 
     def events(self, since: str | None = None, timeout: float | None = None) -> AsyncIterator[Event]:
         return self.shell.iterate(flows.events(self.core, since, timeout))

@@ -205,6 +205,45 @@ class Stats:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One queue: what waits, and who works on it.
+
+    ``oldest_ms`` -1 = nothing waits. ``load_ms``: estimated run times of what waits; ``left_ms``: rest of what runs.
+    """
+
+    name: str
+    waiting: int
+    oldest_ms: int
+    load_ms: int
+    running: int
+    left_ms: int
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class LiveWorker:
+    """An RQ worker that is alive. ``version`` of rqarm, "" = it does not say."""
+
+    name: str
+    state: str
+    version: str
+    last_heartbeat: str
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """The raw numbers of a namespace, which rqarm.inspect reads. ``hot``: key, votes, uri, state, bytes."""
+
+    now_ms: int
+    families: dict[str, dict[str, str]]
+    lines: tuple[Line, ...]
+    workers: tuple[LiveWorker, ...]
+    numbers: dict[str, int]
+    hot: tuple[tuple[str, int, str, str, int], ...]
+    runtimes: dict[str, int]
+
+
 class Calls:
     """Every transition of one namespace, as values."""
 
@@ -247,6 +286,7 @@ class Calls:
             settings.max_pending,
             settings.max_attempts,
             int(again),
+            _tag_lines(request),
         )
 
         def parse(reply: Any) -> Found:
@@ -320,6 +360,7 @@ class Calls:
             int(request.sticky),
             ms(request.ttl or self.settings.ttl),
             *_envelope_argv(envelope, inline),
+            _tag_lines(request),
         )
 
         def parse(reply: Any) -> None:
@@ -484,14 +525,23 @@ class Calls:
 
         return self._index_call("browse", index, (offset, limit), parse)
 
-    def clear(self, *, temporary_only: bool) -> Call[tuple[int, int]]:
-        """One step: (forgotten, looked at). Go on while the second is not 0."""
+    def clear(
+        self,
+        *,
+        temporary_only: bool,
+        step: int = STEP,
+        route: str = "",
+        pattern: str = "",
+        age_ms: int = 0,
+        cursor: str = "",
+    ) -> Call[tuple[int, int, str]]:
+        """One step: (forgotten, looked at, cursor). Go on from the cursor while the second is not 0."""
 
-        def parse(reply: Any) -> tuple[int, int]:
-            _, cleared, looked_at = _words("clear", reply)
-            return int(cleared), int(looked_at)
+        def parse(reply: Any) -> tuple[int, int, str]:
+            _, cleared, looked_at, behind = _words("clear", reply)
+            return int(cleared), int(looked_at), _text(behind)
 
-        argv = ("(+inf" if temporary_only else "+inf", STEP)
+        argv = ("(+inf" if temporary_only else "+inf", step, route, pattern, age_ms, cursor)
         return self._index_call("clear", self.keys.named("results"), argv, parse)
 
     def stats(self) -> Call[Stats]:
@@ -502,9 +552,9 @@ class Calls:
                 "stats", reply
             )
             return Stats(
-                submissions=_counts(submissions),
-                executions=_counts(executions),
-                sweeps=_counts(sweeps),
+                submissions=_outcomes(submissions),
+                executions=_outcomes(executions),
+                sweeps=_outcomes(sweeps),
                 bytes=int(size),
                 temporary=int(temporary),
                 sticky=int(sticky),
@@ -514,6 +564,35 @@ class Calls:
             )
 
         return self._index_call("stats", self.keys.named("queues"), (), parse)
+
+    def overview(self) -> Call[Census]:
+        """Counters, lines, workers and sizes of the namespace, in one look that only reads."""
+
+        def parse(reply: Any) -> Census:
+            _, now_ms, families, lines, workers, numbers, hot, runtimes = _words("overview", reply)
+            return Census(
+                now_ms=int(now_ms),
+                families={_text(name): _texts(counted) for name, counted in _rows(families, 2)},
+                lines=tuple(Line(_text(name), *map(int, rest)) for name, *rest in lines),
+                workers=tuple(LiveWorker(*map(_text, row)) for row in _rows(workers, 4)),
+                numbers=_counts(numbers),
+                hot=tuple(
+                    (_text(key), int(votes), _text(uri).split("\n", 2)[-1], _text(state), int(float(size)))
+                    for key, votes, uri, state, size in _rows(hot, 5)
+                ),
+                runtimes=_counts(runtimes),
+            )
+
+        return self._index_call("overview", self.keys.named("queues"), self.delivery.worker_sets("*"), parse)
+
+    def server_info(self) -> Command[dict[str, Any]]:
+        """INFO: memory, statistics and errors of the whole server, as redis-py reads them."""
+        argv = ("INFO", "server", "clients", "memory", "stats", "commandstats", "errorstats")
+        return Command(argv, lambda reply: dict(reply) if isinstance(reply, dict) else {})
+
+    def waited_for(self) -> Command[int]:
+        """How many keys somebody waits for: channels of ours with a subscription."""
+        return Command(("PUBSUB", "CHANNELS", self.keys.pubsub_prefix + "*"), len)
 
     def chunk(self, stored: Stored, n: int) -> Command[bytes | None]:
         """The n-th stored piece of a result, or None when it is gone."""
@@ -617,6 +696,11 @@ def _held_word(verb: str, key: Key) -> Callable[[Any], str]:
 
 def _envelope_argv(envelope: Envelope, inline: bytes | None) -> tuple[Any, ...]:
     return (envelope.stored, envelope.chunks, _packed_envelope(envelope), inline or b"")
+
+
+def _tag_lines(request: BatchRequest) -> str:
+    """The tags as the record has them: a line break before and behind each; "" = none."""
+    return "".join(f"\n{tag}" for tag in request.tags) + "\n" if request.tags else ""
 
 
 def _packed_envelope(envelope: Envelope) -> bytes:
@@ -769,9 +853,24 @@ def _counts(flat: list[Any]) -> dict[str, int]:
     return {_text(name): int(n) for name, n in _rows(flat, 2)}
 
 
+def _outcomes(flat: list[Any]) -> dict[str, int]:
+    """The counters that are plain words; beside them stand those of ``tally``, whose names have a colon or a number."""
+    return {name: int(n) for name, n in _texts(flat).items() if name.replace("_", "").isalpha()}
+
+
+def _texts(flat: list[Any]) -> dict[str, str]:
+    return {_text(name): _text(value) for name, value in _rows(flat, 2)}
+
+
 def _entries(raw: Iterable[Any]) -> list[tuple[str, dict[str, str]]]:
     found = []
     for entry_id, fields in raw:
         pairs = fields.items() if isinstance(fields, dict) else _rows(fields, 2)
         found.append((_text(entry_id), {_text(name): _text(value) for name, value in pairs}))
     return found
+
+
+# -- for the modules that read answers of scripts of their own (rqarm.browse)
+
+read_words, read_status, read_envelope, read_events = _words, _status, _envelope, _entries
+text_of, joined, rows = _text, _joined, _rows

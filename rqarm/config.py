@@ -119,14 +119,14 @@ class Settings:
         for name, field in known.items():
             variable = f"RQARM_{name.upper()}"
             if name not in chosen and (text := environ.get(variable)):
-                chosen[name] = _parse(variable, text, field.default)
+                chosen[name] = parse_variable(variable, text, field.default)
         try:
             return cls(**chosen)
         except TypeError as error:
             raise ConfigError(f"a setting has the wrong type: {error}") from error
 
 
-def _parse(variable: str, text: str, default: Any) -> Any:
+def parse_variable(variable: str, text: str, default: Any) -> Any:
     try:
         if isinstance(default, bool):
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]

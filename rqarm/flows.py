@@ -101,6 +101,9 @@ class Jobs(Protocol):
 
     job_prefix: str
     suspended: str
+    worker_set: str
+    worker_fields: dict[str, str]
+    list_prefix: str
 
     def lists(self, queue: str) -> tuple[str, str, str]: ...
 
@@ -665,16 +668,6 @@ def browse(core: Core, index: str, limit: int | None = None, page_size: int = 50
         offset += wanted
         if offset >= page.total:
             return
-
-
-def clear(core: Core, *, temporary_only: bool) -> Flow[int]:
-    """Forget cached results, step by step; how many."""
-    total = 0
-    while True:
-        step: tuple[int, int] = yield core.calls.clear(temporary_only=temporary_only)
-        total += step[0]
-        if not step[1]:
-            return total
 
 
 def stats(core: Core) -> Flow[Stats]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import redis
 
-from rqarm import connect, flows
+from rqarm import browse, connect, flows
+from rqarm.browse import ClaimPage, RequestDetail, SearchPage, WorkersView
 from rqarm.cache import Cache
 from rqarm.config import Settings
 from rqarm.flows import Core, Event
+from rqarm.inspect import Overview, overview
 from rqarm.model import BatchStatus
 from rqarm.queue import Queues
 from rqarm.request import BatchRequest
@@ -116,6 +118,58 @@ class RequestManager:
     def explain(self, request: BatchRequest | str) -> Explanation:
         """The canonical form, which rule changed what, the key, and what a submit would do now. Submits nothing."""
         return self.shell.run(explain(self.core, request))
+
+    def overview(self) -> Overview:
+        """Queues, hit rate, memory, failures and what needs attention, in one round trip; it only reads.
+
+        See rqarm.inspect for its fields; ``to_dict`` is JSON-ready.
+        """
+        return self.shell.run(overview(self.core))
+
+    def search(
+        self,
+        text: str = "",
+        *,
+        state: str | None = None,
+        route: str | None = None,
+        tag: str | None = None,
+        queue: str | None = None,
+        cursor: str = "",
+        limit: int = 50,
+    ) -> SearchPage:
+        """One page of the requests that pass every filter; ``cursor`` of the answer leads to the next. One round trip.
+
+        ``text``: a key, a URI, or a part of a URI, without regard to case; values of secret parameters are not
+        searched. What it names exactly comes first. ``state``: one of State, or ``quarantined``. ``route``: an
+        operation, or a path as it begins, ``/cities`` or ``api.example.org/v1/{table}``. A call looks at 1,000 records
+        at the most, so a page may be short and not be the last: ``looked_at`` of ``total`` says how far it is.
+        Raises InvalidRequest.
+        """
+        return self.shell.run(
+            browse.search(self.core, text, state=state, route=route, tag=tag, queue=queue, cursor=cursor, limit=limit)
+        )
+
+    def inspect(self, key: str, *, values: bool = False) -> RequestDetail:
+        """Everything that is known of one request, its result and payloads without their values.
+
+        ``values``: with the payloads themselves. Two round trips at the most.
+        """
+        return self.shell.run(browse.inspect(self.core, key, values=values))
+
+    def claims(self, *, offset: int = 0, limit: int = 50) -> ClaimPage:
+        """What runs, the first to lapse first: holder, lease, last sign of life; and how full the limits are."""
+        return self.shell.run(browse.claims(self.core, offset, limit))
+
+    def release(self, key: str) -> bool:
+        """Take a running request away from its worker: it is next in line, and the attempt does not count.
+
+        The worker finds at its next renewal that it has lost it. False when it does not run. Raises RequestUnknown.
+        """
+        return self.shell.run(browse.release(self.core, key))
+
+    def workers(self) -> WorkersView:
+        """The RQ workers that listen to our queues: state, requests in hand, counts, heartbeat. Two round trips."""
+        return self.shell.run(browse.workers(self.core))
 
     def events(self, since: str | None = None, timeout: float | None = None) -> Iterator[Event]:
         """Transitions as they happen, until ``timeout`` seconds pass without one (None = for ever, 0 = what is there).

@@ -24,7 +24,7 @@ from rq.job import Job
 from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
 from rq.suspension import WORKERS_SUSPENDED
-from rq.worker_registration import WORKERS_BY_QUEUE_KEY
+from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
 
 from rqarm.calls import ParkingTicket, Ticket
 from rqarm.config import Settings
@@ -45,6 +45,24 @@ DESCRIPTION_TAIL = 21
 ID_TAIL = 9
 #: RQ's queue of each priority, as a suffix of ours
 SUFFIXES = {Priority.HIGH: "-high", Priority.DEFAULT: "", Priority.LOW: "-low"}
+
+#: what we call a field of a worker's record, and what RQ calls it
+WORKER_FIELDS = {
+    "state": "state",
+    "queues": "queues",
+    "job_id": "current_job",
+    "succeeded": "successful_job_count",
+    "failed": "failed_job_count",
+    "working_time": "total_working_time",
+    "born": "birth",
+    "heartbeat": "last_heartbeat",
+    "death": "death",
+    "hostname": "hostname",
+    "pid": "pid",
+    "version": "version",
+    "python_version": "python_version",
+    "stopping": "shutdown_requested_date",
+}
 
 _ID, _DESCRIPTION = "recorded-00000000", "recorded description"
 _EXPECTED = {
@@ -99,6 +117,11 @@ class RqJobs:
         self.job_prefix: str = Job.redis_job_namespace_prefix
         #: the flag of `rq suspend`
         self.suspended: str = WORKERS_SUSPENDED
+        #: the set of the names of all workers' records, and what we read in these
+        self.worker_set: str = REDIS_WORKER_KEYS
+        self.worker_fields = WORKER_FIELDS
+        #: of RQ's lists
+        self.list_prefix: str = Queue.redis_queue_namespace_prefix
         self._templates: dict[tuple[str, str], _Template] = {}
 
     def lists(self, queue: str) -> tuple[str, str, str]:

@@ -134,10 +134,15 @@ def split_arguments(lua: str) -> list[str]:
 
 def test_the_table_of_counters_has_every_word_that_the_scripts_count() -> None:
     shown = {codes(row[0])[0]: set(codes(row[1])) for row in rows(text_of("keys.md"), "## Counters")}
-    counted: dict[str, set[str]] = {"submissions": set(script("submit").outcomes)}
+    counted: dict[str, set[str]] = {"submissions": set(script("submit").outcomes), "executions": set()}
     for file in LUA.glob("*.lua"):
-        for family, word in re.findall(r"\bcount\('(\w+)', '(\w+)'\)", file.read_text("utf-8")):
+        lua = file.read_text("utf-8")
+        for family, word in re.findall(r"\bcount\('(\w+)', '(\w+)'\)", lua):
             counted.setdefault(family, set()).add(word)
+        for word in re.findall(r"\bcount_end\('(\w+)'", lua):
+            counted["executions"].add(word)
+        for word in re.findall(r"\bdrop_(?:result|index)\(key, .*?'(\w+)'\)", lua):
+            counted.setdefault("removals", set()).add(word)
     for family, words in counted.items():
         assert shown[f"arm:stats:{family}"] == words, family
 

@@ -31,7 +31,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from rqarm import connect, embedded, flows
+from rqarm import browse, connect, embedded, flows
 from rqarm.calls import Attempt, Call, Command, Overdue, Ticket
 from rqarm.model import Key, Priority, State
 from rqarm.request import BatchRequest
@@ -417,7 +417,7 @@ class Machine(RuleBasedStateMachine):
             for uri, record in self.world.records.items()
             if record.state == "completed" and not (temporary_only and record.sticky)
         ]
-        assert self.rig.run(flows.clear(self.rig.core, temporary_only=temporary_only)) == len(gone)
+        assert self.rig.run(browse.clear(self.rig.core, None, None, temporary_only=temporary_only)) == len(gone)
         for uri in gone:
             del self.world.records[uri]
 

@@ -1,8 +1,8 @@
 """The transitions on real servers: each script in each state, with its own and with other ids, once and again.
 
 ``TABLE`` is the contract. A word with a star changes what is stored; a word without leaves every byte and every TTL as
-it was, except the counters ``stats:submissions``, which count refusals too. The words that no state alone brings about
-are in ``SPECIAL``; a test holds the two against the headers, so no outcome goes untested.
+it was, except ``stats:submissions`` and ``stats:refusals``, which count refusals too. The words that no state alone
+brings about are in ``SPECIAL``; a test holds the two against the headers, so no outcome goes untested.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from drive import ERROR, LEASE_MS, STATES, STORED_STATE, Rig, Seeded, Snapshot, 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rqarm import RequestManager, codec, connect, embedded, flows
+from rqarm import RequestManager, browse, codec, connect, embedded, flows
 from rqarm.calls import Attempt, Call, Found, Overdue, Ticket
 from rqarm.errors import ForeignData, KeyConflict, LeaseLost, RqarmError
 from rqarm.keys import URI_FIELDS
@@ -80,6 +80,7 @@ sweep -             swept       swept       swept       swept       swept       
 clear all           cleared     cleared     cleared     cleared     cleared     cleared
 clear temporary     cleared     cleared     cleared     cleared     cleared     cleared
 stats -             stats       stats       stats       stats       stats       stats
+overview -          overview    overview    overview    overview    overview    overview
 """, """
                     completed   sticky      evicted     failed      negative    quarantined cancelled
 submit new          hit         hit         new*        new*        negative    negative    new*
@@ -125,6 +126,7 @@ sweep -             swept       swept       swept       swept       swept       
 clear all           cleared*    cleared*    cleared*    cleared     cleared     cleared     cleared
 clear temporary     cleared*    cleared     cleared*    cleared     cleared     cleared     cleared
 stats -             stats       stats       stats       stats       stats       stats       stats
+overview -          overview    overview    overview    overview    overview    overview    overview
 """, """
                     placed      full        called      parked
 submit new          joined      joined      joined      joined
@@ -170,6 +172,7 @@ sweep -             swept       swept       swept       swept
 clear all           cleared     cleared     cleared     cleared
 clear temporary     cleared     cleared     cleared     cleared
 stats -             stats       stats       stats       stats
+overview -          overview    overview    overview    overview
 """)
 # fmt: on
 
@@ -255,6 +258,8 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             return rig.calls.sweep("arm")
         case "clear", _:
             return rig.calls.clear(temporary_only=variant == "temporary")
+        case "overview", _:
+            return rig.calls.overview()
         case "stats", _:
             return rig.calls.stats()
     simple: dict[str, Call[Any]] = {"cancel": rig.calls.cancel(key), "forget": rig.calls.forget(key)}
@@ -262,8 +267,9 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
 
 
 def stored(rig: Rig) -> Snapshot:
-    """All but the counters of submissions: a refusal counts, and counts again when it is repeated."""
-    return without(snapshot(rig.client), rig.named("stats", family="submissions"))
+    """All but the counters of submissions and refusals: a refusal counts, and counts again when it is repeated."""
+    counters = [rig.named("stats", family=family) for family in ("submissions", "refusals")]
+    return without(snapshot(rig.client), *counters)
 
 
 @pytest.mark.parametrize(
@@ -1419,7 +1425,7 @@ def test_a_run_time_is_learned_for_the_next_of_its_family(rig: Rig) -> None:
 
 def test_clear_temporary_leaves_sticky_results_and_what_is_in_flight(rig: Rig) -> None:
     seeded = {state: rig.seed(state, f"/{state}") for state in ("completed", "sticky", "mine", "failed")}
-    assert rig.run(flows.clear(rig.core, temporary_only=True)) == 1
+    assert rig.run(browse.clear(rig.core, None, None, temporary_only=True)) == 1
     states = {state: rig.state(each.key) for state, each in seeded.items()}
     assert states == {
         "completed": State.UNKNOWN,
@@ -1428,7 +1434,7 @@ def test_clear_temporary_leaves_sticky_results_and_what_is_in_flight(rig: Rig) -
         "failed": State.FAILED,
     }
     audit(rig.client, rig.keys)
-    assert rig.run(flows.clear(rig.core, temporary_only=False)) == 1
+    assert rig.run(browse.clear(rig.core, None, None, temporary_only=False)) == 1
     assert rig.client.zcard(rig.named("results")) == 0
     audit(rig.client, rig.keys)
 
@@ -1436,7 +1442,7 @@ def test_clear_temporary_leaves_sticky_results_and_what_is_in_flight(rig: Rig) -
 def test_clear_works_through_more_than_one_step(rig: Rig) -> None:
     for n in range(230):
         rig.reply(rig.put(BatchRequest(f"/{n}"), f"owner{n}"))
-    assert rig.run(flows.clear(rig.core, temporary_only=False)) == 230
+    assert rig.run(browse.clear(rig.core, None, None, temporary_only=False)) == 230
     audit(rig.client, rig.keys)
 
 

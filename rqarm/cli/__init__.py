@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cache": ("rqarm.cli.cache:cache", "Look at cached results, and clear them."),
     "stats": ("rqarm.cli.cache:stats", "Print counters and sizes of the namespace."),
     "worker": ("rqarm.cli.worker:worker", "Run requests: an RQ worker with your handlers."),
+    "dashboard": ("rqarm.cli.dashboard:dashboard", "Serve the dashboard: queues, requests, cache, claims, quarantine, workers."),
     "sweep": ("rqarm.cli.requests:sweep", "Set going again what died in a queue without a word."),
     "check": ("rqarm.cli.check:check", "Say whether server, workers and queues are well."),
     "server": ("rqarm.cli.server:server", "The embedded server of this user."),

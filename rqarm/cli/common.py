@@ -5,7 +5,6 @@ Nothing here knows a command. Text from Redis is somebody else's: whatever goes 
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import datetime
 import json
@@ -14,7 +13,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,7 +27,10 @@ from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, Key, State
 from rqarm.request import BatchRequest
 from rqarm.text import SUSPECT, is_unsafe
+from rqarm.text import duration as duration
+from rqarm.text import jsonable as jsonable
 from rqarm.text import plain as plain
+from rqarm.text import size as size
 from rqarm.uri import check_key, redact
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -208,48 +210,6 @@ def print_json(document: Any) -> None:
     click.echo(json_text(document))
 
 
-def jsonable(value: Any) -> Any:
-    """The value in JSON's types.
-
-    Dates and times in ISO 8601, timedelta in seconds, Decimal, UUID and complex as text, bytes as {"base64": ...}, sets
-    as lists, NaN and infinities as text, integers beyond Python's limit for decimal digits as hexadecimal text. A dict
-    whose keys are not all text gets their text; if two are then the same, it is a list of pairs.
-    """
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
-        return value if value.bit_length() < 4_000 else hex(value)
-    if isinstance(value, float):
-        return value if value - value == 0 else str(value)
-    if isinstance(value, bytes):
-        return {"base64": base64.b64encode(value).decode()}
-    if isinstance(value, Mapping):
-        return _jsonable_mapping(value)
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted((jsonable(item) for item in value), key=repr)
-    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, datetime.timedelta):
-        return value.total_seconds()
-    return str(value)
-
-
-def _jsonable_mapping(value: Mapping[Any, Any]) -> Any:
-    named = {_json_name(name): jsonable(item) for name, item in value.items()}
-    if len(named) == len(value):
-        return named
-    return [[jsonable(name), jsonable(item)] for name, item in value.items()]
-
-
-def _json_name(name: Any) -> str:
-    if isinstance(name, str):
-        return name
-    simple = jsonable(name)
-    return simple if isinstance(simple, str) else json.dumps(simple)
-
-
 def is_terminal(stream: Any) -> bool:
     return bool(stream.isatty())
 
@@ -278,26 +238,6 @@ def shown_uri(status: BatchStatus, settings: Settings) -> str:
 def document_of(status: BatchStatus, settings: Settings) -> dict[str, Any]:
     """The status for ``--json``, without secret parameters."""
     return {**status.to_dict(), "uri": shown_uri(status, settings)}
-
-
-def duration(seconds: float) -> str:
-    """About how long: ``0.4 s``, ``12 s``, ``3 min``, ``2.5 h``, ``4 d``."""
-    if seconds < 9.95:
-        return f"{max(seconds, 0.0):.1f} s"
-    for limit, unit, size in ((99.5, "s", 1.0), (5_970, "min", 60.0), (172_800, "h", 3_600.0)):
-        if seconds < limit:
-            amount = seconds / size
-            return f"{amount:.0f} {unit}" if amount >= 10 or unit == "s" else f"{amount:.1f} {unit}"
-    return f"{seconds / 86_400:.0f} d"
-
-
-def size(count: int) -> str:
-    """Bytes for people: ``812 B``, ``1.5 MiB``."""
-    units, amount = ["B", "KiB", "MiB", "GiB", "TiB"], float(count)
-    while amount >= 1024 and len(units) > 1:
-        amount /= 1024
-        del units[0]
-    return f"{amount:.1f} {units[0]}" if amount != count else f"{count} B"
 
 
 def since(moment: datetime.datetime | None) -> str:

@@ -30,7 +30,10 @@ local KEPT_MS = 10000
 local claim = record(key, 'state', 'token', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms', 'limit')
 
 if claim.job_id == job_id then return {'parked'} end
-if claim.state ~= 'in_progress' or claim.token ~= token then return {'lost', claim.state or 'unknown'} end
+if claim.state ~= 'in_progress' or claim.token ~= token then
+  count_refusal(claim, token)
+  return {'lost', claim.state or 'unknown'}
+end
 if claim.limit == limit and redis.call('ZSCORE', running_name(limit), key) then return {'admitted'} end
 
 local function score_of(fields)

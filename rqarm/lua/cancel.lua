@@ -22,6 +22,7 @@ redis.call('HSET', status, 'state', 'cancelled', 'ended_ms', int(now_ms))
 redis.call('PEXPIRE', status, failure_ttl_ms)
 redis.call('UNLINK', callbacks_name(key))
 wake(key, 'cancelled')
+list_failure(key)
 count('executions', 'cancelled')
 event('cancel', key, 'cancelled')
 return {'cancelled', claim.state}

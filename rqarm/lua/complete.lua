@@ -24,10 +24,13 @@ local family, job, size_bytes, chunks = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV
 local envelope, bytes = ARGV[10], ARGV[11]
 
 local claim = record(key, 'state', 'token', 'sticky', 'ttl_ms', 'fallback_ttl_ms', 'started_ms', 'queue', 'slot',
-  'est_ms', 'done_token', 'limit')
+  'est_ms', 'done_token', 'limit', 'pushed_ms')
 
 if claim.state == 'completed' and claim.done_token == token then return {'already'} end
-if claim.state ~= 'in_progress' or claim.token ~= token then return {'lost', claim.state or 'unknown'} end
+if claim.state ~= 'in_progress' or claim.token ~= token then
+  count_refusal(claim, token)
+  return {'lost', claim.state or 'unknown'}
+end
 local missing = chunks_missing(key, token, chunks)
 if missing > 0 then return {'torn', missing} end
 
@@ -41,6 +44,6 @@ make_room(key, claim)
 commit(key, token, token, keep, life_ms, size_bytes, chunks, envelope, bytes)
 redis.call('UNLINK', callbacks_name(key), unpack(job ~= '' and {job} or {}))
 learn(family, now_ms - tonumber(claim.started_ms))
-count('executions', 'completed')
+count_end('completed', claim, family, size_bytes)
 event('complete', key, 'completed')
 return {'stored'}

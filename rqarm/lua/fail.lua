@@ -15,10 +15,14 @@ local status = KEYS[1]
 local key, token, err = ARGV[2], ARGV[3], ARGV[4]
 local failure_ttl_ms, negative_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
 
-local claim = record(key, 'state', 'token', 'done_token', 'queue', 'slot', 'est_ms', 'limit')
+local claim = record(key, 'state', 'token', 'done_token', 'queue', 'slot', 'est_ms', 'limit', 'started_ms',
+  'pushed_ms')
 
 if claim.state == 'failed' and claim.done_token == token then return {'already'} end
-if claim.state ~= 'in_progress' or claim.token ~= token then return {'lost', claim.state or 'unknown'} end
+if claim.state ~= 'in_progress' or claim.token ~= token then
+  count_refusal(claim, token)
+  return {'lost', claim.state or 'unknown'}
+end
 
 land(key, claim)
 redis.call('HSET', status, 'state', 'failed', 'ended_ms', int(now_ms), 'error', err, 'done_token', token)
@@ -27,6 +31,7 @@ if negative_ms > 0 then redis.call('HSET', status, 'negative_until', int(now_ms 
 redis.call('PEXPIRE', status, int(math.max(failure_ttl_ms, negative_ms)))
 redis.call('PEXPIRE', callbacks_name(key), int(failure_ttl_ms))
 wake(key, 'failed')
-count('executions', 'failed')
+list_failure(key)
+count_end('failed', claim)
 event('fail', key, 'failed')
 return {'failed'}

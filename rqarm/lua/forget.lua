@@ -15,7 +15,7 @@ local state = redis.call('HGET', status, 'state')
 if not state then return {'unknown'} end
 if state == 'pending' or state == 'in_progress' then return {'in_flight', state} end
 
-drop_result(key)
+drop_result(key, 'cleared')
 redis.call('UNLINK', status, callbacks_name(key))
 redis.call('ZREM', quarantine_name(), key)
 wake(key, 'unknown')

@@ -59,9 +59,97 @@ local function answer_fields(key)
   return packed_record(redis.call('HMGET', status_name(key), unpack(RECORD_FIELDS)))
 end
 
--- Statistics never stand in the way: a hit is answered also when memory is out.
-local function count(family, word)
-  redis.pcall('HINCRBY', stats_name(family), word, 1)
+-- Statistics never stand in the way: a hit is answered also when memory is out. One hash holds all counters of a family,
+-- so whatever a transition counts is one look and one write. Fields: `word` in all; `m<slot>:word` in the minute that its
+-- value names first, on a ring; `r:word:route`, as many as `:routes:word` says, then `r:word:*`; and those in `sums`.
+-- `hot`: the key that a cell of `h<cell>` votes for. Half of the votes go with each hour; another key takes one off, and
+-- the cell when it is empty: so keys that are asked for often stay, in 256 cells, whatever the number of keys.
+local MINUTES_KEPT, MOST_LABELS = 64, 100
+local HOUR_MS = 3600000
+local function tally(family, word, sums, route, hot)
+  local name, minute = stats_name(family), math.floor(now_ms / 60000)
+  local slot, cell = 'm' .. minute % MINUTES_KEPT .. ':' .. word, hot and 'h' .. (tonumber(string.sub(hot, -2), 16) or #hot)
+  local by_route, routes, rest = 'r:' .. word .. ':' .. (route or ''), ':routes:' .. word, 'r:' .. word .. ':*'
+  local fields = {word, slot, by_route, routes, rest, cell or slot}
+  for i = 1, #sums, 2 do fields[#fields + 1] = sums[i] end
+  local known = redis.pcall('HMGET', name, unpack(fields))
+  if known.err then return end
+  local then_minute, n = string.match(known[2] or '', '^(%d+) (%d+)$')
+  local changes = {word, int((tonumber(known[1] or nil) or 0) + 1),
+    slot, int(minute) .. ' ' .. int((tonumber(then_minute) == minute and n or 0) + 1)}
+  local function change(field, value)
+    changes[#changes + 1], changes[#changes + 2] = field, value
+  end
+  local labels = tonumber(known[4] or nil) or 0
+  if route and (known[3] or labels < MOST_LABELS) then
+    change(by_route, int((tonumber(known[3] or nil) or 0) + 1))
+    if not known[3] then change(routes, int(labels + 1)) end
+  elseif route then
+    change(rest, int((tonumber(known[5] or nil) or 0) + 1))
+  end
+  if cell then
+    local hour = math.floor(now_ms / HOUR_MS)
+    local votes, since, held_by = string.match(known[6] or '', '^(%d+) (%d+) (.+)$')
+    votes = math.floor((tonumber(votes) or 0) * 0.5 ^ math.max(hour - (tonumber(since) or hour), 0))
+    if votes == 0 then held_by = hot end
+    change(cell, int(held_by == hot and votes + 1 or votes - 1) .. ' ' .. int(hour) .. ' ' .. held_by)
+  end
+  for i = 1, #sums, 2 do
+    change(sums[i], int((tonumber(known[6 + (i + 1) / 2] or nil) or 0) + sums[i + 1]))
+  end
+  redis.pcall('HSET', name, unpack(changes))
+end
+
+local function count(family, word) tally(family, word, {}) end
+
+-- A part of a URI is a label only when it looks like a name: neither a key nor a number of somebody's.
+local function route_of(family)
+  if #family > 60 or string.find(family, '%x%x%x%x%x%x%x%x') or string.find(family, '%d%d%d%d%d') then return '*' end
+  return family
+end
+
+-- What a submit came to. `fields` is the record: a hit saves the run that made the result, a join the one it waits for.
+local function count_submission(outcome, key, family, fields)
+  local saved_ms = 0
+  if outcome == 'hit' then
+    saved_ms = (tonumber(fields.ended_ms) or 0) - (tonumber(fields.started_ms) or math.huge)
+  elseif outcome == 'joined' then
+    saved_ms = tonumber(fields.est_ms) or 0
+  end
+  tally('submissions', outcome, saved_ms > 0 and {'saved:' .. outcome, saved_ms} or {}, route_of(family),
+    outcome == 'hit' and key or nil)
+end
+
+-- Upper bounds of the histograms, of which a field is named: '+' has no bound.
+local TIMES_MS = {5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000, 300000, 1800000, 3600000}
+local SIZES = {256, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304, 16777216, 67108864, 268435456, 1073741824}
+local function within(bounds, value)
+  for _, bound in ipairs(bounds) do
+    if value <= bound then return int(bound) end
+  end
+  return '+'
+end
+
+-- An attempt that ended for good, by its queue. `size_bytes` and `family` are known of a result only.
+local function count_end(word, fields, family, size_bytes)
+  local queue, started_ms = fields.queue or '', tonumber(fields.started_ms) or now_ms
+  local run_ms = math.max(now_ms - started_ms, 0)
+  local wait_ms = math.max(started_ms - (tonumber(fields.pushed_ms) or started_ms), 0)
+  local sums = {'q:' .. word .. ':' .. queue, 1, 'run:' .. within(TIMES_MS, run_ms) .. ':' .. queue, 1,
+    'run:sum:' .. queue, run_ms, 'wait:' .. within(TIMES_MS, wait_ms) .. ':' .. queue, 1, 'wait:sum:' .. queue, wait_ms}
+  if size_bytes then
+    local size = tonumber(size_bytes)
+    for _, part in ipairs({'size:' .. within(SIZES, size) .. ':', 1, 'size:sum:', size}) do sums[#sums + 1] = part end
+  end
+  tally('executions', word, sums, family and route_of(family))
+end
+
+-- An attempt speaks that holds its request no more. `duplicate`: another one runs it now, or has ended it, so the work
+-- was done twice. `late`: the request was cancelled, put, handed back or given a new ticket meanwhile.
+local function count_refusal(fields, token)
+  local is_duplicate = fields.state == 'in_progress'
+    or (tonumber(string.match(fields.done_token or '', '^%d+$')) or 0) > (tonumber(token) or math.huge)
+  count('refusals', is_duplicate and 'duplicate' or 'late')
 end
 
 local function event(verb, key, state)
@@ -281,16 +369,31 @@ local function set_aside(key, fields, err)
   wake(key, 'failed')
 end
 
-local function drop_result(key)
+-- Bytes of what is stored, and of that what is sticky.
+local function add_bytes(size, is_sticky)
+  redis.call('HINCRBY', stats_name('cache'), 'bytes', int(size))
+  if is_sticky then redis.call('HINCRBY', stats_name('cache'), 'sticky_bytes', int(size)) end
+end
+
+local function is_sticky_result(key) return tonumber(redis.call('ZSCORE', results_name(), key) or 0) == math.huge end
+
+-- `reason`: expired, cleared, lost (its value is gone before its time: the server evicted it, or somebody deleted it) or
+-- replaced by a newer one.
+local function drop_index(key, reason)
+  local size, is_sticky = redis.call('ZSCORE', sizes_name(), key), is_sticky_result(key)
+  redis.call('ZREM', results_name(), key)
+  if size then
+    redis.call('ZREM', sizes_name(), key)
+    add_bytes(-tonumber(size), is_sticky)
+    count('removals', reason)
+  end
+end
+
+local function drop_result(key, reason)
   local stored = redis.call('HMGET', result_name(key), 'owner', 'chunks')
   for n = 0, (tonumber(stored[2]) or 0) - 1 do redis.call('UNLINK', chunk_name(key, stored[1], n)) end
   redis.call('UNLINK', result_name(key))
-  redis.call('ZREM', results_name(), key)
-  local size = redis.call('ZSCORE', sizes_name(), key)
-  if size then
-    redis.call('ZREM', sizes_name(), key)
-    redis.call('HINCRBY', stats_name('cache'), 'bytes', int(-tonumber(size)))
-  end
+  drop_index(key, reason or 'replaced')
 end
 
 -- The life of a stored result, its record and its chunks, all with one deadline. No deadline: sticky.
@@ -302,6 +405,10 @@ local function expire_together(key, owner, chunks, deadline_ms)
 end
 
 local function set_deadline(key, deadline_ms)
+  local size, was_sticky = tonumber(redis.call('ZSCORE', sizes_name(), key) or 0), is_sticky_result(key)
+  if was_sticky ~= not deadline_ms then
+    redis.call('HINCRBY', stats_name('cache'), 'sticky_bytes', int(was_sticky and -size or size))
+  end
   local stored = redis.call('HMGET', result_name(key), 'owner', 'chunks')
   expire_together(key, stored[1], tonumber(stored[2]) or 0, deadline_ms)
 end
@@ -330,9 +437,13 @@ local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks
   -- Of a flight only what readers see stays, and what a repeated submit or complete is known by.
   redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress', 'error', 'quarantined', 'negative_until', 'kwargs', 'ticket', 'slot', 'ttl_ms',
     'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms')
+  -- One that has expired stands in the indexes until the sweep looks; its size must not count for ever.
+  if redis.call('ZADD', sizes_name(), 'NX', size_bytes, key) == 0 then
+    drop_index(key, 'expired')
+    redis.call('ZADD', sizes_name(), size_bytes, key)
+  end
   expire_together(key, owner, chunks, not sticky and now_ms + ttl_ms or nil)
-  redis.call('ZADD', sizes_name(), size_bytes, key)
-  redis.call('HINCRBY', stats_name('cache'), 'bytes', size_bytes)
+  add_bytes(size_bytes, sticky)
   wake(key, 'completed')
 end
 
@@ -346,4 +457,68 @@ local function learn(family, run_ms)
     learned[3], learned[4] = family, mean(tonumber(known[2] or nil))
   end
   redis.call('HSET', runtimes, unpack(learned))
+end
+
+-- The pairs of a flat list.
+local function pairs_of(flat)
+  local i = -1
+  return function()
+    i = i + 2
+    return flat[i], flat[i + 1]
+  end
+end
+
+-- Failed and cancelled requests that are not set aside, by the time of their end: only views read it. It holds the newest
+-- and is not tidied; who reads looks at the record.
+local FAILURES_KEPT = 10000
+local function list_failure(key)
+  redis.pcall('ZADD', failures_name(), int(now_ms), key)
+  redis.pcall('ZREMRANGEBYRANK', failures_name(), 0, -FAILURES_KEPT - 1)
+end
+
+-- Tags stand in the record with a line break before and behind each.
+local function has_tag(tags, tag)
+  return tags and string.find(tags, '\n' .. tag .. '\n', 1, true) ~= nil
+end
+
+-- The index of each tag, paid by requests with tags only. Nothing tells it that a record has expired, so each request that
+-- comes looks at the two that nobody has looked at for longest: the indexes never hold many more than are alive.
+local function index_tags(key, tags)
+  for _, entry in ipairs(redis.call('ZRANGE', tagged_name(), 0, 1)) do
+    local old, old_tags = string.match(entry, '^([^\n]*)(.*)$')
+    local its_tags = look_at(old, 'tags').tags
+    if its_tags == old_tags then
+      redis.call('ZADD', tagged_name(), int(now_us), entry)
+    else
+      redis.call('ZREM', tagged_name(), entry)
+      for tag in string.gmatch(old_tags, '[^\n]+') do
+        if not has_tag(its_tags, tag) then redis.call('ZREM', tag_name(tag), old) end
+      end
+    end
+  end
+  redis.call('HSET', status_name(key), 'tags', tags)
+  redis.call('ZADD', tagged_name(), int(now_us), key .. tags)
+  for tag in string.gmatch(tags, '[^\n]+') do redis.call('ZADD', tag_name(tag), int(now_us), key) end
+end
+
+-- Whether an identity (version, operation, URI) belongs to a route: its operation, or the beginning of its path, with or
+-- without the host. The pattern ends in a place: what stands there must begin something new.
+local function is_on_route(identity, route, pattern)
+  local operation, uri = string.match(identity, '^[^\n]*\n([^\n]*)\n(.*)$')
+  if not operation then return false end
+  if operation ~= '' then return operation == route end
+  uri = string.gsub(uri, '^%a[%w+.-]*://', '')
+  uri = string.gsub(uri, '^[^/?#@]*@', '')
+  local stop = string.match(uri, pattern)
+  return stop and (stop == #uri + 1 or string.find(uri, '^[/?#:]', stop) ~= nil) or false
+end
+
+-- The rank behind the last entry that a walk has seen. When that has moved or gone: of its score, so that nothing is left
+-- out.
+local function rank_behind(index, score, member, from_end)
+  if redis.call('ZSCORE', index, member) == score then
+    return redis.call(from_end and 'ZREVRANK' or 'ZRANK', index, member) + 1
+  end
+  if from_end then return redis.call('ZCOUNT', index, '(' .. score, '+inf') end
+  return redis.call('ZCOUNT', index, '-inf', '(' .. score)
 end

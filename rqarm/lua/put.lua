@@ -13,13 +13,14 @@
 -- ARGV chunks      int    0 = the bytes are in the envelope
 -- ARGV envelope    str    what the bytes are, a line for each field
 -- ARGV bytes       bytes  of a small result
+-- ARGV tags        str    a line each, with a line break before the first; '' = none
 --
 -- Returns {'stored'} | {'conflict', uri} | {'torn', missing}
 
 local status = KEYS[1]
 local key, uri, request, owner, queue = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local sticky, ttl_ms, size_bytes, chunks = ARGV[7], tonumber(ARGV[8]), ARGV[9], tonumber(ARGV[10])
-local envelope, bytes = ARGV[11], ARGV[12]
+local envelope, bytes, tags = ARGV[11], ARGV[12], ARGV[13]
 
 local claim = record(key, 'state', 'uri', 'uri_2', 'uri_3', 'queue', 'slot', 'est_ms', 'sticky', 'ttl_ms', 'limit',
   'done_token')
@@ -36,6 +37,8 @@ if claim.state == 'pending' or claim.state == 'in_progress' then
   ttl_ms = math.max(ttl_ms, tonumber(claim.ttl_ms) or 0)
 end
 redis.call('HSET', status, 'request', request, uri_fields(uri))
+if claim.state then redis.call('HDEL', status, 'tags') end
+if tags ~= '' then index_tags(key, tags) end
 if claim.state then
   land(key, claim)
 else
@@ -44,7 +47,7 @@ end
 redis.call('ZREM', quarantine_name(), key)
 redis.call('UNLINK', callbacks_name(key))
 -- A result that was evicted still stands in the indexes.
-if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key) end
+if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key, 'lost') end
 commit(key, owner, claim.done_token or owner, sticky == '1', ttl_ms, size_bytes, chunks, envelope, bytes)
 event('put', key, 'completed')
 return {'stored'}

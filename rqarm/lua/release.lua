@@ -19,7 +19,10 @@ local key, token, job_id, commands, data, job = ARGV[2], ARGV[3], ARGV[4], ARGV[
 local claim = record(key, 'state', 'token', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms', 'limit')
 
 if claim.job_id == job_id then return {'already'} end
-if claim.state ~= 'in_progress' or claim.token ~= token then return {'lost', claim.state or 'unknown'} end
+if claim.state ~= 'in_progress' or claim.token ~= token then
+  count_refusal(claim, token)
+  return {'lost', claim.state or 'unknown'}
+end
 
 requeue(key, claim, job_id, commands, data)
 if job ~= '' then redis.call('UNLINK', job) end

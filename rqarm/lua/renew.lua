@@ -13,9 +13,12 @@
 local status = KEYS[1]
 local key, token, lease_ms, progress = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 
-local claim = record(key, 'state', 'token')
+local claim = record(key, 'state', 'token', 'done_token')
 
-if claim.state ~= 'in_progress' or claim.token ~= token then return {'lost', claim.state or 'unknown'} end
+if claim.state ~= 'in_progress' or claim.token ~= token then
+  count_refusal(claim, token)
+  return {'lost', claim.state or 'unknown'}
+end
 
 local lease_until = int(now_ms + lease_ms)
 redis.call('ZADD', leases_name(), lease_until, key)

@@ -22,7 +22,10 @@ local delay_ms, kwargs, err, job = tonumber(ARGV[7]), ARGV[8], ARGV[9], ARGV[10]
 local claim = record(key, 'state', 'token', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms', 'limit')
 
 if claim.job_id == job_id then return {'already'} end
-if claim.state ~= 'in_progress' or claim.token ~= token then return {'lost', claim.state or 'unknown'} end
+if claim.state ~= 'in_progress' or claim.token ~= token then
+  count_refusal(claim, token)
+  return {'lost', claim.state or 'unknown'}
+end
 
 requeue(key, claim, job_id, commands, data)
 if job ~= '' then redis.call('UNLINK', job) end

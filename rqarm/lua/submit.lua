@@ -24,6 +24,7 @@
 -- ARGV max_pending      int    0 = no limit
 -- ARGV max_attempts     int    crashes after which a request is set aside
 -- ARGV again            0|1    run again whatever is cached
+-- ARGV tags             str    a line each, with a line break before the first; '' = none
 --
 -- Returns {'new', record, fresh} | {'joined', record} | {'hit', record, result} | {'negative', record}
 -- Returns {'refused', record, pending} | {'conflict', uri} | {'corrupt', state}
@@ -38,7 +39,7 @@ local sticky, ttl_ms, fallback_ttl_ms = ARGV[11], tonumber(ARGV[12]), tonumber(A
 local est_ms, family = tonumber(ARGV[14]), ARGV[15]
 local payload_id, payload = ARGV[16], ARGV[17]
 local max_pending, max_attempts = tonumber(ARGV[18]), tonumber(ARGV[19])
-local again = ARGV[20]
+local again, tags = ARGV[20], ARGV[21]
 
 -- Everything that is asked about the record, in one look: first what the caller gets.
 local names = {unpack(RECORD_FIELDS)}
@@ -57,8 +58,7 @@ local is_live = false
 if state == 'pending' then
   is_live = DELIVERED[redis.call('HGET', job_prefix .. claim.job_id, 'status') or '']
 elseif state == 'in_progress' then
-  local time = redis.call('TIME')
-  is_live = tonumber(claim.lease_until) > time[1] * 1000 + time[2] / 1000
+  is_live = tonumber(claim.lease_until) > now_ms
 end
 
 -- A plain hit and a plain join, which most submits are, are answered before the rest is even defined: a script makes its
@@ -76,7 +76,7 @@ else
 end
 if adds_nothing then
   local outcome = stored and 'hit' or 'joined'
-  count('submissions', outcome)
+  count_submission(outcome, key, family, claim)
   return {outcome, packed_record(values), stored}
 end
 
@@ -138,7 +138,9 @@ local function claim_it()
   local ticket = next_seq()
   if state then
     -- A result that was evicted or deleted still stands in the indexes; a sticky one would for ever.
-    if state == 'completed' or redis.call('EXISTS', result_name(key)) == 1 then drop_result(key) end
+    if state == 'completed' or redis.call('EXISTS', result_name(key)) == 1 then
+      drop_result(key, redis.call('EXISTS', result_name(key)) == 0 and 'lost' or 'replaced')
+    end
     redis.call('DEL', status)
     redis.call('PERSIST', callbacks_name(key))
     redis.call('ZREM', quarantine_name(), key)
@@ -152,6 +154,7 @@ local function claim_it()
     'priority', int(priority), 'sticky', sticky, 'ttl_ms', int(ttl_ms), 'fallback_ttl_ms', int(fallback_ttl_ms),
     'est_ms', int(est_ms), 'ticket', int(ticket), 'slot', slot, 'submitted_ms', int(now_ms), 'pushed_ms', int(now_ms),
     uri_fields(uri))
+  if tags ~= '' then index_tags(key, tags) end
   keep_payload()
   replay(commands, data)
   event('submit', key, 'pending')
@@ -206,10 +209,10 @@ elseif max_pending > 0 and redis.call('ZCARD', pending_name(queue)) >= max_pendi
   outcome, extra = 'refused', redis.call('ZCARD', pending_name(queue))
 else
   claim_it()
-  count('submissions', 'new')
+  count_submission('new', key, family, claim)
   return {'new', '', {int(now_ms), int(est_ms)}}
 end
 
-count('submissions', outcome)
+count_submission(outcome, key, family, claim)
 if outcome == 'conflict' or outcome == 'corrupt' then return {outcome, extra} end
 return {outcome, answer_fields(key), extra}

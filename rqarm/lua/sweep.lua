@@ -86,7 +86,7 @@ local function tidy()
   -- One field for each thread that ever took work. Forgetting them costs a taker whose last reply was lost, no more.
   if redis.call('HLEN', takers_name()) > TAKERS_KEPT then redis.call('DEL', takers_name()) end
   for _, key in ipairs(redis.call('ZRANGEBYSCORE', results_name(), '-inf', int(now_ms), 'LIMIT', 0, limit)) do
-    if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key) end
+    if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key, 'expired') end
   end
   local surplus = redis.call('ZCARD', quarantine_name()) - keep
   if surplus > 0 then

@@ -1,0 +1,72 @@
+"""Listens for browsers: waitress, with a thread for each stream and some for everything else."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import waitress
+from flask import Flask
+
+from rqarm.dashboard.state import Dashboard
+
+#: threads for pages, besides those that streams hold
+PAGE_THREADS = 8
+
+
+class Server:
+    """A dashboard that listens. ``url``: where, with the port it got when 0 was asked for."""
+
+    def __init__(self, app: Flask, host: str | None = None, port: int | None = None) -> None:
+        self._dashboard: Dashboard = app.extensions["rqarm"]
+        options = self._dashboard.options
+        host, port = host or options.host, options.port if port is None else port
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+        self._server: Any = waitress.create_server(
+            app,
+            host=host.strip("[]"),
+            port=port,
+            threads=PAGE_THREADS + options.streams,
+            ident=None,
+            max_request_body_size=65_536,
+            channel_timeout=60,
+            clear_untrusted_proxy_headers=True,
+        )
+        shown = f"[{host.strip('[]')}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._server.effective_port}/"
+
+    def run(self) -> None:
+        """Answer until SIGTERM or SIGINT."""
+        signal.signal(signal.SIGTERM, _stop)
+        try:
+            self._server.run()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End all streams, and stop listening."""
+        self._dashboard.close()
+        self._server.close()
+
+
+def _stop(_: int, __: Any) -> None:
+    raise SystemExit(0)
+
+
+@contextmanager
+def serving(app: Flask, port: int = 0) -> Iterator[str]:
+    """The dashboard in a thread of this process, for tests and screenshots; gives its URL."""
+    server = Server(app, "127.0.0.1", port)
+    thread = threading.Thread(target=server._server.run, daemon=True)
+    thread.start()
+    try:
+        yield server.url
+    finally:
+        server._dashboard.close()
+        server._server.task_dispatcher.shutdown()
+        server._server.close()
+        thread.join(5)
