@@ -964,3 +964,89 @@ def on_terminal(*args: str, url: str) -> Iterator[Terminal]:
             yield Terminal(ours, running)
     finally:
         os.close(ours)
+
+
+# -- for operators
+
+
+def test_search_finds_lists_and_says_how_to_go_on(run: Run, rm: RequestManager) -> None:
+    for n in range(3):
+        rm.submit(BatchRequest(f"/cities/{n}?token=s3cr3t", tags=["geo"] if n else []))
+    found = run("search", "cities", "--limit", "2")
+    assert found.stdout.count("/cities/") == 2
+    assert "s3cr3t" not in found.output
+    assert "looked at 2 of 3: --cursor 'pending@arm " in found.stderr
+    cursor = found.stderr.split("'")[1]
+    assert run("search", "cities", "--cursor", cursor).stdout.count("/cities/2") == 1
+    assert run("search", "--tag", "geo").stdout.count("/cities/") == 2
+    assert run("search", "--state", "failed").stdout.splitlines()[1:] == []
+    document = json.loads(run("search", "--route", "/cities/{n}", "--json").stdout)
+    assert (len(document["entries"]), document["cursor"], document["looked_at"], document["total"]) == (3, "", 3, 3)
+    assert run("search", "--cursor", "nowhere").exit_code == 2
+
+
+def test_inspect_shows_a_request_in_full_without_secrets(run: Run, rm: RequestManager) -> None:
+    request = BatchRequest("/b/../export?token=s3cr3t&a=1", tags=["red"])
+    rm.submit(request, payload={"to": "me"})
+    text = run("inspect", request.key)
+    assert text.exit_code == 0
+    for part in ("state       pending", "given as    /b/../export?token=***", "dot segments", "submit", "Payloads (1)"):
+        assert part in text.stdout, part
+    document = run("inspect", request.uri, "--json").stdout
+    assert json.loads(document)["tags"] == ["red"]
+    assert "s3cr3t" not in text.output + document
+    assert run("inspect", "never-seen").exit_code == 1
+
+
+def test_claims_are_listed_and_released(run: Run, rm: RequestManager) -> None:
+    key = rm.submit("/slow?token=s3cr3t").key
+    lease = take(rm)
+    listed = run("claims")
+    assert key in listed.stdout
+    assert "s3cr3t" not in listed.output
+    assert json.loads(run("claims", "--json").stdout)["entries"][0]["overdue"] is False
+    assert run("release", key).stdout == f"{key} released\n"
+    again = run("release", key)
+    assert (again.exit_code, again.stdout) == (1, f"{key} does not run\n")
+    with pytest.raises(rqarm.LeaseLost):
+        lease.renew()
+
+
+def test_workers_are_listed_also_when_there_are_none(run: Run, rm: RequestManager) -> None:
+    assert run("workers").stdout.startswith("NAME")
+    rm.connection.set("rq:suspended", 1)
+    assert "rq resume" in run("workers").stderr
+    assert json.loads(run("workers", "--json").stdout) == {"suspended": True, "entries": []}
+
+
+def test_results_are_pinned_unpinned_and_given_a_time(run: Run, rm: RequestManager) -> None:
+    key = rm.cache.put("/x", 1)
+    assert run("cache", "pin", "/x").stdout == f"{key} pinned\n"
+    assert rm.status(key).sticky
+    assert run("cache", "ttl", "60", key).stdout == f"{key} expires in 60 s\n"
+    assert run("cache", "unpin", key, "--ttl", "5").stdout == f"{key} unpinned\n"
+    assert rm.inspect(key).ttl is not None
+    assert run("cache", "ttl", "0", key).exit_code == 2
+    pending = rm.submit("/pending").key
+    refused = run("cache", "pin", pending)
+    assert (refused.exit_code, refused.stdout) == (1, f"{pending} has no result\n")
+
+
+def test_parts_of_the_cache_are_cleared(run: Run, rm: RequestManager) -> None:
+    for uri, tags in (("/a/1", ["red"]), ("/a/2", []), ("/b/1", ["blue"])):
+        rm.cache.put(BatchRequest(uri, tags=tags), 1)
+    assert run("cache", "clear", "--route", "/a").exit_code == 2, "it asks, and nobody is there"
+    assert run("cache", "clear", "--older-than", "60", "--yes").stdout == "0 results forgotten\n"
+    assert run("cache", "invalidate", "red", "green").stdout == "1 results forgotten\n"
+    assert run("cache", "clear", "--route", "/a", "--yes").stdout == "1 results forgotten\n"
+    assert run("cache", "clear", "--route", "/a", "--temporary").exit_code == 2
+    assert [entry.uri for entry in rm.cache.list()] == ["/b/1"]
+
+
+def test_the_cache_is_surveyed(run: Run, rm: RequestManager) -> None:
+    rm.cache.put(BatchRequest("/a/1?token=s3cr3t", ttl=30.0), b"x" * 2048)
+    text, document = run("cache", "overview").stdout, run("cache", "overview", "--json").stdout
+    for part in ("1 temporary, 0 sticky, 2.0 KiB", "to 60 s: 1", "/a", "2.0 KiB"):
+        assert part in text, part
+    assert json.loads(document)["routes"] == [{"name": "/a", "entries": 1, "size": 2048}]
+    assert "s3cr3t" not in text + document

@@ -395,7 +395,7 @@ def wait(target: Target, keys: tuple[str, ...], timeout: float | None, is_json: 
 @keys_argument
 def cancel(target: Target, keys: tuple[str, ...]) -> int:
     """End requests for everybody who waits for them."""
-    return _each(target, keys, lambda rm, key: (0, "cancelled" if rm.cancel(key) else "has ended already"))
+    return each_key(target, keys, lambda rm, key: (0, "cancelled" if rm.cancel(key) else "has ended already"))
 
 
 @click.command()
@@ -406,10 +406,10 @@ def forget(target: Target, keys: tuple[str, ...]) -> int:
 
     What is still in flight stays (exit code 3): cancel it first.
     """
-    return _each(target, keys, lambda rm, key: (0, "forgotten") if rm.forget(key) else (FAILURE, "unknown"))
+    return each_key(target, keys, lambda rm, key: (0, "forgotten") if rm.forget(key) else (FAILURE, "unknown"))
 
 
-def _each(target: Target, keys: tuple[str, ...], do: Callable[[RequestManager, Key], tuple[int, str]]) -> int:
+def each_key(target: Target, keys: tuple[str, ...], do: Callable[[RequestManager, Key], tuple[int, str]]) -> int:
     """Do it with every key, whatever becomes of the others; the worst exit code."""
     worst = 0
     with target.manager() as rm:
