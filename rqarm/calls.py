@@ -855,7 +855,7 @@ def _counts(flat: list[Any]) -> dict[str, int]:
 
 def _outcomes(flat: list[Any]) -> dict[str, int]:
     """The counters that are plain words; beside them stand those of ``tally``, whose names have a colon or a number."""
-    return {name: int(n) for name, n in _texts(flat).items() if name.replace("_", "").isalpha()}
+    return {name: int(n) for name, n in _texts(flat).items() if name.replace("_", "").isalpha() and n.isdigit()}
 
 
 def _texts(flat: list[Any]) -> dict[str, str]:
