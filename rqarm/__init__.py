@@ -6,9 +6,11 @@ Importing it does nothing: no connection, no thread, no file. Start with ``Reque
 from typing import TYPE_CHECKING, Any
 
 from rqarm.aio import AsyncRequestManager
+from rqarm.bulk import Hit
 from rqarm.codec import Result
 from rqarm.context import Context
 from rqarm.errors import (
+    BulkError,
     ConfigError,
     CorruptResult,
     ForeignData,
@@ -30,6 +32,7 @@ from rqarm.errors import (
     WaitTimeout,
 )
 from rqarm.handlers import Handlers, Retry
+from rqarm.inline import BulkResult
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, Outcome, Priority, State
 from rqarm.request import BatchRequest
@@ -42,11 +45,14 @@ __all__ = [
     "AsyncRequestManager",
     "BatchRequest",
     "BatchStatus",
+    "BulkError",
+    "BulkResult",
     "ConfigError",
     "Context",
     "CorruptResult",
     "ForeignData",
     "Handlers",
+    "Hit",
     "InvalidRequest",
     "KeyConflict",
     "LeaseLost",

@@ -7,15 +7,18 @@ from typing import Any
 
 import redis.asyncio
 
-from rqarm import browse, connect, flows
+from rqarm import browse, bulk, connect, flows, inline
 from rqarm.browse import ClaimPage, RequestDetail, SearchPage, WorkersView
+from rqarm.bulk import AsyncEntries as Entries
+from rqarm.bulk import Entry, OnError
 from rqarm.cache import AsyncCache
 from rqarm.config import Settings
 from rqarm.flows import Core, Event
+from rqarm.inline import BulkResult, Compute, Mitigation, OnHits
 from rqarm.inspect import Overview, overview
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus
-from rqarm.queue import AsyncQueues
+from rqarm.queue import AsyncLease, AsyncQueues
 from rqarm.request import BatchRequest
 from rqarm.rqjobs import RqJobs
 from rqarm.shell import GIVEN, AsyncShell, same_docs
@@ -46,7 +49,24 @@ class AsyncRequestManager:
         return await self.shell.run(flows.submit(self.core, request, payload))
 
     async def submit_many(self, requests: Iterable[BatchRequest | str]) -> list[BatchStatus]:
-        return await self.shell.run(flows.submit_many(self.core, requests))
+        return await self.shell.run(bulk.submit_many(self.core, requests))
+
+    def submit_stream(
+        self, requests: Entries, *, chunk: int = bulk.CHUNK, on_error: OnError | None = None
+    ) -> AsyncIterator[BatchStatus]:
+        return inline.async_submit_stream(self.core, self.shell, requests, chunk, on_error)
+
+    async def bulk_get_or_submit(
+        self,
+        requests_with_payloads: Iterable[Entry],
+        *,
+        on_hits: OnHits | None = None,
+        mitigation: Mitigation | None = None,
+        compute: Compute | None = None,
+    ) -> BulkResult[AsyncLease]:
+        return await inline.async_get_or_submit(
+            self.core, self.shell, requests_with_payloads, on_hits, mitigation, compute
+        )
 
     async def resubmit(self, request: BatchRequest | str, *, payload: Any = None) -> BatchStatus:
         return await self.shell.run(flows.submit(self.core, request, payload, again=True))

@@ -6,6 +6,7 @@ the script of the same name. Everything in milliseconds is named so; callers spe
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -259,6 +260,7 @@ class Calls:
         ticket: Ticket,
         *,
         payload: tuple[str, bytes] | None = None,
+        more: Iterable[tuple[str, bytes]] = (),
         again: bool = False,
     ) -> Call[Found]:
         """Answer from the cache, join, or claim and queue. ``Found.status.outcome`` says which.
@@ -267,6 +269,7 @@ class Calls:
         on a state this version does not know.
         """
         key, settings = identity.key, self.settings
+        queue = request.queue or settings.queue
         argv = (
             identity.text,
             request.pack_beside(identity.text),
@@ -274,7 +277,7 @@ class Calls:
             ticket.commands,
             ticket.data,
             self.delivery.job_prefix,
-            request.queue or settings.queue,
+            queue,
             int(request.priority),
             int(request.sticky),
             ms(request.ttl or 0),
@@ -287,6 +290,7 @@ class Calls:
             settings.max_attempts,
             int(again),
             _tag_lines(request),
+            *itertools.chain.from_iterable(more),
         )
 
         def parse(reply: Any) -> Found:
@@ -296,10 +300,10 @@ class Calls:
             if word == "corrupt":
                 raise _unknown_state(key, rest[0])
             if word == "new" and not rest[0]:
-                return Found(_new_status(key, request, identity, argv[6], rest[1]), None)
+                return Found(_new_status(key, request, identity, queue, rest[1]), None)
             stored = _stored(key, rest[1]) if word == "hit" else None
             value = stored.value() if stored is not None and stored.inline is not None else None
-            return Found(_status(key, rest[0], _OUTCOMES[word], value), stored)
+            return Found(self._status(key, rest[0], _OUTCOMES[word], value), stored)
 
         return self._call("submit", key, argv, parse)
 
@@ -310,7 +314,7 @@ class Calls:
             word, *rest = _words("read", reply)
             if word == "unknown":
                 return Found(BatchStatus(key, State.UNKNOWN), None)
-            return Found(_status(key, rest[0]), _stored(key, rest[1]))
+            return Found(self._status(key, rest[0]), _stored(key, rest[1]))
 
         return self._call("read", key, (int(with_value),), parse)
 
@@ -323,7 +327,7 @@ class Calls:
                 return BatchStatus(key, State.UNKNOWN)
             position, eta_ms = int(rest[1]), int(rest[2])
             return replace(
-                _status(key, rest[0]),
+                self._status(key, rest[0]),
                 position=position if position >= 0 else None,
                 eta=eta_ms / 1000 if eta_ms >= 0 else None,
             )
@@ -374,11 +378,15 @@ class Calls:
 
     # -- attempts
 
-    def start(self, key: Key, job_id: str, execution: str, worker: str, lease_ms: int) -> Call[Attempt | State]:
+    def start(
+        self, key: Key, job_id: str, execution: str, worker: str, lease_ms: int, *, own_list: str = ""
+    ) -> Call[Attempt | State]:
         """The attempt, or the state because of which the ticket is superseded (``unknown``: no record).
 
-        ``execution`` is made by the caller; the same one again gets the same token.
+        ``execution`` is made by the caller; the same one again gets the same token. ``own_list``: RQ's list that the
+        ticket stands in, for a caller who is no RQ worker: ticket and RQ job go with the start.
         """
+        job = self.delivery.job_prefix + job_id if own_list else ""
 
         def parse(reply: Any) -> Attempt | State:
             word, *rest = _words("start", reply)
@@ -386,7 +394,7 @@ class Calls:
                 return _attempt(key, rest)
             return State.UNKNOWN if word == "unknown" else _state(key, rest[0])
 
-        return self._call("start", key, (job_id, execution, worker, lease_ms), parse)
+        return self._call("start", key, (job_id, execution, worker, lease_ms, own_list, job), parse)
 
     def take(
         self, lists: Sequence[str], execution: str, taker: str, worker: str, lease_ms: int, *, for_rq: bool = False
@@ -521,7 +529,7 @@ class Calls:
 
         def parse(reply: Any) -> Page:
             _, total, *rows = _words("browse", reply)
-            return Page(int(total), tuple(_status(Key(_text(key)), fields) for key, fields in _rows(rows, 2)))
+            return Page(int(total), tuple(self._status(Key(_text(key)), fields) for key, fields in _rows(rows, 2)))
 
         return self._index_call("browse", index, (offset, limit), parse)
 
@@ -631,6 +639,14 @@ class Calls:
         return Command(argv, lambda reply: _entries(reply)[0][0] if reply else "0-0")
 
     # -- how a call is made
+
+    def _status(self, key: Key, packed: bytes, outcome: Outcome | None = None, value: Any = None) -> BatchStatus:
+        """The record as a status; what is completed has a URL where the manager knows one."""
+        status = _status(key, packed, outcome, value)
+        url = self.settings.result_url
+        if url is None or status.state is not State.COMPLETED:
+            return status
+        return replace(status, url=url.replace("{key}", key))
 
     def _call(self, verb: str, key: Key, argv: Sequence[Any], parse: Callable[[Any], T]) -> Call[T]:
         return Call(script(verb), (self.keys.status(key),), (self.keys.prefix, key, *argv), parse)

@@ -160,39 +160,21 @@ def submit(core: Core, request: BatchRequest | str, payload: Any = None, *, agai
     return found.status
 
 
-def submit_many(core: Core, requests: Iterable[BatchRequest | str]) -> Flow[list[BatchStatus]]:
-    """All in one round trip; equal requests are sent once. The answers stand in the order of the requests.
-
-    A corrupt result counts as a miss and runs again.
-    """
-    wanted = [as_request(request) for request in requests]
-    distinct = list(dict.fromkeys(wanted))
-    if not distinct:
-        return []
-    calls = tuple(_submit_call(core, request, None, False) for request in distinct)
-    answers: list[Found]
-    try:
-        answers = yield Batch(calls)
-    except CorruptResult:
-        # one by one to find which; the same calls again, so that what is new stays new
-        answers = []
-        for request, call in zip(distinct, calls, strict=True):
-            try:
-                answers.append((yield call))
-            except CorruptResult:
-                answers.append((yield _submit_call(core, request, None, True)))
-    by_request = {request: found.status for request, found in zip(distinct, answers, strict=True)}
-    return [by_request[request] for request in wanted]
-
-
 def _submit_call(core: Core, request: BatchRequest, payload: Any, again: bool) -> Call[Found]:
-    packed = None
-    if payload is not None:
-        packed_payload = codec.pack(payload)
-        packed = (hashlib.blake2b(packed_payload, digest_size=8).hexdigest(), packed_payload)
-    identity = core.identify(request)
-    ticket = core.jobs.enqueue(identity.key, core.describe(request), core.queue_of(request), request.priority)
-    return core.calls.submit(request, identity, ticket, payload=packed, again=again)
+    packed = None if payload is None else pack_payload(payload)
+    return core.calls.submit(request, core.identify(request), ticket_for(core, request), payload=packed, again=again)
+
+
+def ticket_for(core: Core, request: BatchRequest) -> Ticket:
+    """The RQ job that a submit queues when its claim wins."""
+    key = core.identify(request).key
+    return core.jobs.enqueue(key, core.describe(request), core.queue_of(request), request.priority)
+
+
+def pack_payload(payload: Any) -> tuple[str, bytes]:
+    """A callback payload with its id, the hash of its bytes: the same one counts once. Raises UnpackableResult."""
+    packed = codec.pack(payload)
+    return hashlib.blake2b(packed, digest_size=8).hexdigest(), packed
 
 
 def status(core: Core, key: str) -> Flow[BatchStatus]:

@@ -7,14 +7,16 @@ from typing import Any
 
 import redis
 
-from rqarm import browse, connect, flows
+from rqarm import browse, bulk, connect, flows, inline
 from rqarm.browse import ClaimPage, RequestDetail, SearchPage, WorkersView
+from rqarm.bulk import Entries, Entry, OnError
 from rqarm.cache import Cache
 from rqarm.config import Settings
 from rqarm.flows import Core, Event
+from rqarm.inline import BulkResult, Compute, Mitigation, OnHits
 from rqarm.inspect import Overview, overview
 from rqarm.model import BatchStatus
-from rqarm.queue import Queues
+from rqarm.queue import Lease, Queues
 from rqarm.request import BatchRequest
 from rqarm.rqjobs import RqJobs
 from rqarm.shell import GIVEN, Shell
@@ -60,8 +62,46 @@ class RequestManager:
         return self.shell.run(flows.submit(self.core, request, payload))
 
     def submit_many(self, requests: Iterable[BatchRequest | str]) -> list[BatchStatus]:
-        """Submit any number in one round trip. Equal requests are sent once; answers stand in the order given."""
-        return self.shell.run(flows.submit_many(self.core, requests))
+        """Submit many, 1,000 in a round trip. Equal requests are sent once; answers stand in the order given.
+
+        All are checked before any is sent: InvalidRequest names the first that is wrong, and nothing was sent. Raises
+        BulkError when the server did not take some (KeyConflict, ForeignData, no memory): it has the statuses of the
+        others. When the connection fails between two round trips, send all of them again: what was taken is joined.
+        """
+        return self.shell.run(bulk.submit_many(self.core, requests))
+
+    def submit_stream(
+        self, requests: Entries, *, chunk: int = bulk.CHUNK, on_error: OnError | None = None
+    ) -> Iterator[BatchStatus]:
+        """Submit any number in bounded memory: statuses in the order given, read and sent ``chunk`` at a time.
+
+        Lazy: it submits what you iterate over, and a chunk is read in full before it is sent. ``requests``: requests,
+        URIs or (request, payload), on an event loop also from an asynchronous iterable. Equal requests of one chunk are
+        sent once. ``on_error(position, error)`` is told what was not taken, also what is no request, and the others go
+        on; without it a chunk with an error gives the statuses of its others and then raises BulkError.
+        """
+        return inline.submit_stream(self.core, self.shell, requests, chunk, on_error)
+
+    def bulk_get_or_submit(
+        self,
+        requests_with_payloads: Iterable[Entry],
+        *,
+        on_hits: OnHits | None = None,
+        mitigation: Mitigation | None = None,
+        compute: Compute | None = None,
+    ) -> BulkResult[Lease]:
+        """Values for what is cached, a submit for the rest: 1,000 in a round trip. An entry may be (request, payload).
+
+        Equal requests are sent once with all their payloads. ``on_hits`` is called once, with all hits as a tuple of
+        Hit, unless there are none; when it raises, all submits are done and the error comes out of here. Large values
+        are fetched too. An entry that is wrong stands in ``errors``, and the others are served.
+
+        ``mitigation(request)`` is asked about each new request, when all have been submitted. Those it chooses are
+        started for you, in one more round trip, and come as ``leases``, which you must finish, fail or release; where a
+        worker was faster it stays a miss. With ``compute(request)`` they are computed here, one after the other,
+        stored, and count among the hits. A ``compute`` that raises gives that request back to the workers.
+        """
+        return inline.get_or_submit(self.core, self.shell, requests_with_payloads, on_hits, mitigation, compute)
 
     def resubmit(self, request: BatchRequest | str, *, payload: Any = None) -> BatchStatus:
         """Run the request again whatever is cached; what is in flight is joined. The old result goes at once."""

@@ -138,8 +138,10 @@ class Rig:
             request, self.core.identify(request), ticket or self.ticket(request), payload=packed, again=again
         )
 
-    def start(self, key: Key, job_id: str, execution: str = "", worker: str = "me") -> Call[Attempt | State]:
-        return self.calls.start(key, job_id, execution or secrets.token_hex(8), worker, LEASE_MS)
+    def start(
+        self, key: Key, job_id: str, execution: str = "", worker: str = "me", *, own_list: str = ""
+    ) -> Call[Attempt | State]:
+        return self.calls.start(key, job_id, execution or secrets.token_hex(8), worker, LEASE_MS, own_list=own_list)
 
     def take(self, execution: str = "", worker: str = "me", queue: str = "") -> Call[Attempt | str]:
         """As the pull interface takes; the attempt, or where the events stood."""

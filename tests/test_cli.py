@@ -1050,3 +1050,144 @@ def test_the_cache_is_surveyed(run: Run, rm: RequestManager) -> None:
         assert part in text, part
     assert json.loads(document)["routes"] == [{"name": "/a", "entries": 1, "size": 2048}]
     assert "s3cr3t" not in text + document
+
+
+# -- submit --from
+
+
+def lines_of(result: Result) -> list[list[str]]:
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+def test_every_line_of_a_file_is_submitted(rm: RequestManager, run: Run, tmp_path: Path) -> None:
+    rm.cache.put("/hit", 1)
+    file = tmp_path / "requests.txt"
+    file.write_bytes(
+        b"\xef\xbb\xbf/plain?a=1\r\n"
+        b"\n"
+        b'{"uri": "/json", "params": {"x": ["1", "2"]}, "sticky": true, "priority": "high", "tags": ["t"], "key": "k",'
+        b' "payload": {"to": "me"}}\n'
+        b'  {"uri": "/json2", "ttl": 60, "queue": "other", "estimated_time": 3}\n'
+        b'{"operation": "thumbnail", "params": "n=1"}\n'
+        b"/hit\n"
+        b"/plain?a=1"
+    )
+    result = run("submit", "--from", str(file), "--ttl", "30")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert lines_of(result) == [["new", "5"], ["hit", "1"], ["all", "6"]]
+    assert [rm.find(status.key) for status in rm.queue()] == [
+        BatchRequest("/json", {"x": ["1", "2"]}, sticky=True, priority="high", tags=["t"], key="k"),
+        BatchRequest("/plain?a=1", ttl=30),
+        BatchRequest("", "n=1", operation="thumbnail", ttl=30),
+    ]
+    (other,) = rm.queue("other")
+    assert rm.find(other.key) == BatchRequest("/json2", ttl=60, queue="other", estimated_time=3)
+    assert rm.connection.hvals("arm:callbacks:k") == [b"\x81\xa2to\xa2me"]
+
+
+BAD_LINES = [
+    (b"/%zz", "percent"),
+    (b"\xff/a", "not UTF-8 (byte 1)"),
+    (b'{"uri": "/a"', "not JSON"),
+    (b"{" * 100_000, "not JSON"),
+    (b'{"uri": "/a", "retries": 3}', "no such field: 'retries'; there are estimated_time, key"),
+    (b'{"uri": 7}', "uri"),
+    (b'{"uri": "/a", "ttl": "soon"}', "ttl: seconds as a number are needed"),
+    (b'{"uri": "/a", "ttl": NaN}', "ttl"),
+    (b'{"uri": "/a", "ttl": 1, "sticky": true}', "sticky or ttl, not both"),
+    (b'{"uri": "/a", "params": {"x": {"y": 1}}}', "params"),
+    (b'{"uri": "/a", "params": 7}', "params"),
+    (b'{"uri": "/a", "tags": "t"}', "tags"),
+    (b'{"uri": "/a", "key": 7}', "key"),
+    (b'{"uri": "/a", "queue": ["q"]}', "queue"),
+    (b'{"uri": "/a", "priority": 0}', "priority"),
+    (b'{"uri": "/a", "operation": 7}', "operation"),
+    (b'{"uri": "/a", "sticky": "yes"}', "sticky"),
+    (b'{"payload": 1}', "uri"),
+    (b'{"uri": "/a", "payload": ' + b"[" * 100 + b"]" * 100 + b"}", "more than 64 containers"),
+    (b'{"uri": "/theirs", "key": "k"}', "already belongs to"),
+]
+
+
+def test_bad_lines_are_told_with_their_number_and_stop_nothing(rm: RequestManager, run: Run, tmp_path: Path) -> None:
+    rm.submit(BatchRequest("/mine", key="k"))
+    file = tmp_path / "requests.txt"
+    file.write_bytes(b"".join(b"/good/%d\n%s\n" % (n, line) for n, (line, _) in enumerate(BAD_LINES)))
+    result = run("submit", "--from", str(file))
+    assert result.exit_code == 2
+    told = sorted(result.stderr.splitlines(), key=lambda line: int(line.split(":")[2]))
+    assert len(told) == len(BAD_LINES)
+    for n, (line, (_, why)) in enumerate(zip(told, BAD_LINES, strict=True)):
+        assert line.startswith(f"rqarm: {file}:{2 * n + 2}: "), line
+        assert why in line
+    assert lines_of(result) == [["new", str(len(BAD_LINES))], ["not", "taken", str(len(BAD_LINES))]]
+    assert len(rm.queue()) == len(BAD_LINES) + 1
+
+
+def test_a_line_that_does_not_end_is_refused_without_reading_it_into_memory(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rqarm.cli.bulk.MAX_LINE_BYTES", 1_000)
+    file = tmp_path / "requests.txt"
+    file.write_bytes(b"/a\n/" + b"x" * 5_000 + b"\n/b\n/" + b"y" * 999 + b"\n" + b"z" * 2_500)
+    result = run("submit", "--from", str(file))
+    assert [line.split(":")[2] for line in result.stderr.splitlines()] == ["2", "4", "5"]
+    assert lines_of(result) == [["new", "2"], ["not", "taken", "3"]]
+
+
+def test_requests_from_stdin_as_json_are_a_status_per_line(rm: RequestManager, run: Run) -> None:
+    rm.submit("/joined")
+    result = run("submit", "--from", "-", "--json", input="/a?token=x\n/joined\n/%zz\n", env={"RQARM_MAX_PENDING": "2"})
+    assert result.exit_code == 2
+    documents = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(each["uri"], each["outcome"]) for each in documents] == [("/a?token=***", "new"), ("/joined", "joined")]
+    assert "<stdin>:3: " in result.stderr
+    assert [line.split() for line in result.stderr.splitlines()[1:]] == [
+        ["new", "1"],
+        ["joined", "1"],
+        ["not", "taken", "1"],
+    ]
+    refused = run("submit", "--from", "-", input="/b\n", env={"RQARM_MAX_PENDING": "2"})
+    assert (refused.exit_code, lines_of(refused)) == (1, [["refused", "1"], ["all", "1"]])
+
+
+def test_waiting_for_all_lines_tells_what_did_not_complete(rm: RequestManager, run: Run, url: str) -> None:
+    rm.cache.put("/hit", 1)
+    bad = BatchRequest("/bad").key
+    with worker(url, 1, ValueError("no")):
+        result = run("submit", "--from", "-", "--wait", "--timeout", "30", input="/good\n/hit\n/bad\n")
+    assert result.exit_code == 1
+    assert lines_of(result)[3:] == [[bad, "failed"], ["completed", "1"], ["failed", "1"]]
+    late = run("submit", "--from", "-", "--timeout", "0.01", "--json", input="/late\n/hit\n")
+    assert late.exit_code == 3
+    documents = {each["uri"]: each for each in map(json.loads, late.stdout.splitlines())}
+    assert [(documents[uri]["state"], documents[uri]["outcome"]) for uri in ("/hit", "/late")] == [
+        ("completed", "hit"),
+        ("pending", "new"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "args", [["/uri"], ["-p", "a=1"], ["--key", "k"], ["--again"], ["-o", "-"]], ids=lambda args: args[0]
+)
+def test_what_makes_no_sense_for_many_is_wrong_usage(run: Run, args: list[str]) -> None:
+    result = run("submit", "--from", "-", *args, input="/a\n")
+    assert result.exit_code == 2
+    assert "cannot be combined with --from" in result.stderr
+
+
+def test_a_file_that_is_not_there_is_wrong_usage(run: Run, tmp_path: Path) -> None:
+    assert run("submit", "--from", str(tmp_path / "none")).exit_code == 2
+    assert run("submit", "--from", str(tmp_path)).exit_code == 2
+
+
+def test_a_bar_shows_how_far_a_file_is(rm: RequestManager, url: str, tmp_path: Path) -> None:
+    file = tmp_path / "requests.txt"
+    file.write_text("".join(f"/n/{n}\n" for n in range(2500)) + "/%zz\n")
+    with on_terminal("submit", "--from", str(file), url=url) as terminal:
+        terminal.read_until("submitting")
+        text = terminal.read_to_end()
+    assert terminal.code == 2
+    assert "100%" in text
+    assert f"{file}:2501: " in text
+    assert len(rm.queue()) == 2500

@@ -134,7 +134,9 @@ def test_a_token_is_no_password_and_the_other_way_round(manager: RequestManager)
     assert client.get("/api/v1/", headers={"Authorization": "Bearer geheim"}).status_code == 401
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example", "", "a@b"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example", "", "a@b"]
+)
 def test_a_foreign_name_for_this_machine_is_refused(client: FlaskClient, host: str) -> None:
     """DNS rebinding: a page of evil.example that has bound its name to 127.0.0.1."""
     assert client.get("/api/v1/", headers={"Host": host}).status_code == 421
@@ -175,7 +177,9 @@ OWN = [
 
 
 @pytest.mark.parametrize("headers", FOREIGN)
-@pytest.mark.parametrize("path", ["/requests/{key}/cancel", "/api/v1/requests/{key}/cancel", "/rq/queue/arm/queued/empty"])
+@pytest.mark.parametrize(
+    "path", ["/requests/{key}/cancel", "/api/v1/requests/{key}/cancel", "/rq/queue/arm/queued/empty"]
+)
 def test_another_site_changes_nothing(
     manager: RequestManager, client: FlaskClient, path: str, headers: dict[str, str]
 ) -> None:
@@ -187,7 +191,9 @@ def test_another_site_changes_nothing(
 
 
 @pytest.mark.parametrize("headers", OWN)
-def test_our_own_pages_and_programs_change(manager: RequestManager, client: FlaskClient, headers: dict[str, str]) -> None:
+def test_our_own_pages_and_programs_change(
+    manager: RequestManager, client: FlaskClient, headers: dict[str, str]
+) -> None:
     key = manager.submit("/a").key
     answer = client.post(f"/api/v1/requests/{key}/cancel", headers=headers)
     assert answer.status_code == 200
@@ -206,7 +212,9 @@ def test_a_get_changes_nothing(manager: RequestManager) -> None:
     """Every rule of the application that takes POST refuses GET, and rq-dashboard's own ways to change by GET are shut."""
     app = create_app(manager)
     client, key = app.test_client(), manager.submit("/a").key
-    changing = [rule.rule for rule in app.url_map.iter_rules() if "POST" in (rule.methods or ()) and "/rq/" not in rule.rule]
+    changing = [
+        rule.rule for rule in app.url_map.iter_rules() if "POST" in (rule.methods or ()) and "/rq/" not in rule.rule
+    ]
     assert len(changing) >= 6
     for rule in changing:
         assert client.get(rule.replace("<key>", key)).status_code == 405, rule
@@ -306,7 +314,7 @@ def test_rq_dashboard_shows_our_jobs(manager: RequestManager, client: FlaskClien
     key = manager.submit(f"/a?q={HOSTILE}&token=geheim").key
     assert client.get("/rq/").status_code == 200
     queues = client.get("/rq/0/data/queues.json").json["queues"]
-    assert {"arm": 1} == {queue["name"]: queue["count"] for queue in queues if queue["count"]}
+    assert {queue["name"]: queue["count"] for queue in queues if queue["count"]} == {"arm": 1}
     jobs = client.get("/rq/0/data/jobs/arm/queued/8/asc/1.json").json["jobs"]
     assert [job["id"].startswith(key) for job in jobs] == [True]
     assert "geheim" not in jobs[0]["description"]
@@ -376,7 +384,14 @@ def test_rq_dashboard_has_a_policy_with_a_nonce(client: FlaskClient) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["0/data/job/nobody.json", "0/view/job/nobody", "7/view/queues", "0/data/jobs/arm/nonsense/8/asc/1.json", "nowhere", "0/data/job/%00.json"],
+    [
+        "0/data/job/nobody.json",
+        "0/view/job/nobody",
+        "7/view/queues",
+        "0/data/jobs/arm/nonsense/8/asc/1.json",
+        "nowhere",
+        "0/data/job/%00.json",
+    ],
 )
 def test_rq_dashboard_says_not_found(client: FlaskClient, path: str) -> None:
     assert client.get(f"/rq/{path}").status_code == 404
@@ -418,7 +433,9 @@ def test_the_blueprint_brings_its_checks(manager: RequestManager) -> None:
 
 def test_the_api_lists_its_paths(client: FlaskClient) -> None:
     paths = client.get("/api/v1/").json["paths"]
-    assert {"path": "/api/v1/overview", "method": "GET"}.items() <= paths[[p["path"] for p in paths].index("/api/v1/overview")].items()
+    assert {"path": "/api/v1/overview", "method": "GET"}.items() <= paths[
+        [p["path"] for p in paths].index("/api/v1/overview")
+    ].items()
     assert all(each["does"] for each in paths)
     assert BatchRequest
     assert __version__

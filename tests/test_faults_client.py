@@ -458,7 +458,6 @@ def test_data_of_somebody_else_under_a_record_is_named(rm: Any, redis_client: re
     before = snapshot(redis_client)
     asked: list[Callable[[], Any]] = [
         lambda: rm.submit(URI),
-        lambda: rm.submit_many(["/a", URI])[1],
         lambda: rm.resubmit(URI),
         lambda: rm.status(KEY),
         lambda: rm.full_status(KEY),

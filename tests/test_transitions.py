@@ -44,6 +44,7 @@ submit impostor     new*        conflict    conflict    conflict    conflict    
 start same          unknown     started*    started*    superseded  superseded  superseded
 start other         unknown     superseded  superseded  superseded  superseded  superseded
 start repeated      unknown     started*    started*    started     superseded  started
+start own           unknown     started*    started*    superseded  superseded  superseded
 take new            empty       started*    empty       empty       empty       empty
 take repeated       empty       started*    empty       started     empty       started
 admit mine          lost        lost        lost        admitted*   lost        admitted*
@@ -98,6 +99,7 @@ submit impostor     conflict    conflict    conflict    conflict    conflict    
 start same          superseded  superseded  superseded  started*    started*    started*    superseded
 start other         superseded  superseded  superseded  superseded  superseded  superseded  superseded
 start repeated      superseded  superseded  superseded  started*    started*    started*    superseded
+start own           superseded  superseded  superseded  superseded  superseded  superseded  superseded
 take new            empty       empty       empty       empty       empty       empty       empty*
 take repeated       empty       empty       empty       empty       empty       empty       empty*
 admit mine          lost        lost        lost        lost        lost        lost        lost
@@ -152,6 +154,7 @@ submit impostor     conflict    conflict    conflict    conflict
 start same          superseded  superseded  started*    started*
 start other         superseded  superseded  superseded  superseded
 start repeated      started     started     started*    started*
+start own           superseded  superseded  started*    started*
 take new            empty       empty       started*    empty
 take repeated       started     started     started*    empty
 admit mine          admitted    parked*     lost        lost
@@ -245,6 +248,8 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             return rig.submit(REQUEST, same if variant == "same" else ticket, again=variant == "again")
         case "start", "repeated":
             return rig.start(key, seeded.job_id, seeded.execution)
+        case "start", "own":
+            return rig.start(key, seeded.job_id, own_list=rig.jobs.lists("arm")[REQUEST.priority])
         case "start", _:
             return rig.start(key, seeded.job_id if variant == "same" else ticket.job_id)
         case "take", _:

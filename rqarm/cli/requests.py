@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from rqarm import flows
+from rqarm.cli.bulk import submit_from
 from rqarm.cli.common import (
     FAILURE,
     NO_SERVER,
@@ -70,6 +71,13 @@ queue_option = click.option("-q", "--queue", metavar="QUEUE", help="The queue; R
 @click.command()
 @on_server
 @click.argument("uri", default="", required=False)
+@click.option(
+    "--from",
+    "source",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    help="Submit every line of it, a URI or a JSON object; - is stdin.",
+)
 @params
 @operation
 @click.option("--sticky", is_flag=True, help="The result stays until it is cleared.")
@@ -85,6 +93,7 @@ queue_option = click.option("-q", "--queue", metavar="QUEUE", help="The queue; R
 def submit(
     target: Target,
     uri: str,
+    source: str | None,
     params: tuple[tuple[str, str], ...],
     is_waiting: bool,
     timeout: float | None,
@@ -97,7 +106,18 @@ def submit(
 
     Prints the outcome (new, joined, hit, stale, negative, refused), the key and the state. With --wait that goes to
     stderr, and the value to stdout.
+
+    --from FILE: a line is a URI, or JSON like {"uri": "/a", "params": {"x": "1"}, "ttl": 60, "payload": ...}. Lines
+    that are wrong are told with their number, and the others are submitted. Prints how many had each outcome; with
+    --json a status per line. --wait waits until all have ended, and writes no values.
     """
+    if source is not None:
+        given = {"URI": uri, "--param": params, "--key": options.pop("key"), "--again": again, "--output": output}
+        if wrong := [name for name, value in given.items() if value]:
+            raise click.UsageError(f"{', '.join(wrong)} cannot be combined with --from")
+        with target.manager() as rm:
+            is_waiting = is_waiting or timeout is not None
+            return submit_from(rm, source, options, is_waiting=is_waiting, timeout=timeout, is_json=is_json)
     request = BatchRequest(uri, params or None, **options)
     with target.manager() as rm:
         status = rm.resubmit(request) if again else rm.submit(request)

@@ -87,7 +87,9 @@ def create_blueprint(manager: RequestManager | None = None, **options: Any) -> B
 
 
 def _blueprint(dashboard: Dashboard) -> Blueprint:
-    blueprint = Blueprint(NAME, __name__, template_folder="templates", static_folder="static", static_url_path="/static")
+    blueprint = Blueprint(
+        NAME, __name__, template_folder="templates", static_folder="static", static_url_path="/static"
+    )
     blueprint.record_once(lambda state: state.app.extensions.update(rqarm=dashboard))
     blueprint.context_processor(lambda: _for_templates(dashboard))
     for name, filter_ in shown.FILTERS.items():

@@ -129,7 +129,9 @@ def events(dashboard: Dashboard, given: Arguments) -> Document:
     """Transitions behind the id ?since=, oldest first, as far as they are kept; ?limit="""
     limit, since = _number(given, "limit", 100, 1, 1_000), given.get("since") or "0"
     if not _EVENT_ID.fullmatch(since):
-        raise InvalidRequest(f"the id of an event is needed, such as 1700000000000-0, not {ascii(since)[:40]}", where="since")
+        raise InvalidRequest(
+            f"the id of an event is needed, such as 1700000000000-0, not {ascii(since)[:40]}", where="since"
+        )
     found: list[Document] = []
     for each in dashboard.manager.events(since, timeout=0):
         found.append({"id": each.id, "verb": each.verb, "key": str(each.key), "state": each.state})

@@ -40,14 +40,23 @@ PAGES = (
 )
 
 #: of the API only
-MORE: dict[str, Callable[[Dashboard, Arguments], Document]] = {"/explain": documents.explain, "/events": documents.events}
+MORE: dict[str, Callable[[Dashboard, Arguments], Document]] = {
+    "/explain": documents.explain,
+    "/events": documents.events,
+}
 
 
 def add_to(blueprint: Blueprint, dashboard: Dashboard, api: str) -> None:
     """The pages, the same as JSON, and what belongs to them."""
     for page in PAGES:
         _add_page(blueprint, dashboard, page)
-        _add_json(blueprint, dashboard, f"api_{page.name}", api + (page.path if page.path != "/" else "/overview"), page.document)
+        _add_json(
+            blueprint,
+            dashboard,
+            f"api_{page.name}",
+            api + (page.path if page.path != "/" else "/overview"),
+            page.document,
+        )
     for path, document in MORE.items():
         _add_json(blueprint, dashboard, f"api_{path[1:]}", api + path, document)
     _add_stream(blueprint, dashboard)

@@ -139,7 +139,9 @@ class Poller:
         return Look(number, overview, states), newest
 
 
-def feed(poller: Poller, page: str, key: str, render: Callable[[Look], str], is_gone: Callable[[], bool]) -> Iterator[str]:
+def feed(
+    poller: Poller, page: str, key: str, render: Callable[[Look], str], is_gone: Callable[[], bool]
+) -> Iterator[str]:
     """The events of one browser, as text/event-stream. ``render`` makes the overview page of a look."""
     after = poller.number
     is_busy = True  # until an event says that the request of this page has ended

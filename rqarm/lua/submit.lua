@@ -25,6 +25,7 @@
 -- ARGV max_attempts     int    crashes after which a request is set aside
 -- ARGV again            0|1    run again whatever is cached
 -- ARGV tags             str    a line each, with a line break before the first; '' = none
+-- ARGV more             bytes  further payload ids and payloads in turn, to the end
 --
 -- Returns {'new', record, fresh} | {'joined', record} | {'hit', record, result} | {'negative', record}
 -- Returns {'refused', record, pending} | {'conflict', uri} | {'corrupt', state}
@@ -82,9 +83,12 @@ end
 
 -- PRELUDE
 
+local more = {unpack(ARGV, 22)}
+
 local function keep_payload()
   if payload_id ~= '' then
     redis.call('HSETNX', callbacks_name(key), payload_id, payload)
+    for i = 1, #more, 2 do redis.call('HSETNX', callbacks_name(key), more[i], more[i + 1]) end
     redis.call('PERSIST', callbacks_name(key))
   end
 end
