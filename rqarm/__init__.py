@@ -11,6 +11,7 @@ from rqarm.context import Context
 from rqarm.errors import (
     ConfigError,
     CorruptResult,
+    EmissionTooLarge,
     ForeignData,
     InvalidRequest,
     KeyConflict,
@@ -29,7 +30,8 @@ from rqarm.errors import (
     VersionSkew,
     WaitTimeout,
 )
-from rqarm.handlers import Handlers, Retry
+from rqarm.following import FollowEvent, FollowKind
+from rqarm.handlers import MISS, Handlers, Retry
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, Outcome, Priority, State
 from rqarm.request import BatchRequest
@@ -40,12 +42,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "MISS",
     "AsyncRequestManager",
     "BatchRequest",
     "BatchStatus",
     "ConfigError",
     "Context",
     "CorruptResult",
+    "EmissionTooLarge",
+    "FollowEvent",
+    "FollowKind",
     "ForeignData",
     "Handlers",
     "InvalidRequest",

@@ -7,10 +7,11 @@ from typing import Any
 
 import redis.asyncio
 
-from rqarm import connect, flows
+from rqarm import connect, flows, following
 from rqarm.cache import AsyncCache
 from rqarm.config import Settings
 from rqarm.flows import Core, Event
+from rqarm.following import FollowEvent
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus
 from rqarm.queue import AsyncQueues
@@ -75,6 +76,9 @@ class AsyncRequestManager:
 
     def as_completed(self, keys: Iterable[str], timeout: float | None = None) -> AsyncIterator[BatchStatus]:
         return self.shell.iterate(flows.as_completed(self.core, keys, timeout))
+
+    def follow(self, request: BatchRequest | str, timeout: float | None = None) -> AsyncIterator[FollowEvent]:
+        return self.shell.iterate(following.follow(self.core, request, timeout))
 
     async def cancel(self, key: str) -> bool:
         return await self.shell.run(flows.cancel(self.core, key))

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("rqarm.cli.requests:status", "Show what is known of a request."),
     "result": ("rqarm.cli.requests:result", "Write the value of a request."),
     "wait": ("rqarm.cli.requests:wait", "Wait until requests have ended."),
+    "follow": ("rqarm.cli.follow:follow", "Show what a request emits and how far it is, then its value."),
     "ls": ("rqarm.cli.requests:ls", "List requests: what waits and runs, or one state."),
     "cancel": ("rqarm.cli.requests:cancel", "End requests for everybody who waits for them."),
     "forget": ("rqarm.cli.requests:forget", "Drop ended requests with their results."),

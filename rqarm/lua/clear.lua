@@ -18,7 +18,7 @@ for _, key in ipairs(keys) do
   local state = redis.call('HGET', status_name(key), 'state')
   drop_result(key)
   if state == 'completed' then
-    redis.call('UNLINK', status_name(key), callbacks_name(key))
+    redis.call('UNLINK', status_name(key), callbacks_name(key), emitted_name(key))
     event('forget', key, 'unknown')
     cleared = cleared + 1
   end

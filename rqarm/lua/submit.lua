@@ -139,7 +139,7 @@ local function claim_it()
   if state then
     -- A result that was evicted or deleted still stands in the indexes; a sticky one would for ever.
     if state == 'completed' or redis.call('EXISTS', result_name(key)) == 1 then drop_result(key) end
-    redis.call('DEL', status)
+    redis.call('DEL', status, emitted_name(key))
     redis.call('PERSIST', callbacks_name(key))
     redis.call('ZREM', quarantine_name(), key)
   end
