@@ -13,6 +13,7 @@ from rqarm.errors import (
     BulkError,
     ConfigError,
     CorruptResult,
+    EmissionTooLarge,
     ForeignData,
     InvalidRequest,
     KeyConflict,
@@ -31,7 +32,8 @@ from rqarm.errors import (
     VersionSkew,
     WaitTimeout,
 )
-from rqarm.handlers import Handlers, Retry
+from rqarm.following import FollowEvent, FollowKind
+from rqarm.handlers import MISS, Handlers, Retry
 from rqarm.inline import BulkResult
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, Outcome, Priority, State
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from rqarm.worker import Worker
 
 __all__ = [
+    "MISS",
     "AsyncRequestManager",
     "BatchRequest",
     "BatchStatus",
@@ -50,6 +53,9 @@ __all__ = [
     "ConfigError",
     "Context",
     "CorruptResult",
+    "EmissionTooLarge",
+    "FollowEvent",
+    "FollowKind",
     "ForeignData",
     "Handlers",
     "Hit",

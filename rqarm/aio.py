@@ -7,13 +7,14 @@ from typing import Any
 
 import redis.asyncio
 
-from rqarm import browse, bulk, connect, flows, inline
+from rqarm import browse, bulk, connect, flows, following, inline
 from rqarm.browse import ClaimPage, RequestDetail, SearchPage, WorkersView
 from rqarm.bulk import AsyncEntries as Entries
 from rqarm.bulk import Entry, OnError
 from rqarm.cache import AsyncCache
 from rqarm.config import Settings
 from rqarm.flows import Core, Event
+from rqarm.following import FollowEvent
 from rqarm.inline import BulkResult, Compute, Mitigation, OnHits
 from rqarm.inspect import Overview, overview
 from rqarm.manager import RequestManager
@@ -97,6 +98,9 @@ class AsyncRequestManager:
 
     def as_completed(self, keys: Iterable[str], timeout: float | None = None) -> AsyncIterator[BatchStatus]:
         return self.shell.iterate(flows.as_completed(self.core, keys, timeout))
+
+    def follow(self, request: BatchRequest | str, timeout: float | None = None) -> AsyncIterator[FollowEvent]:
+        return self.shell.iterate(following.follow(self.core, request, timeout))
 
     async def cancel(self, key: str) -> bool:
         return await self.shell.run(flows.cancel(self.core, key))

@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 #: quarantined requests kept at the most; the oldest go first
 QUARANTINE_KEPT = 10_000
+#: what of an attempt's emissions is kept, in number and in bytes, and how large one may be
+EMISSIONS_KEPT, EMITTED_BYTES, EMITTED_MAX = 1_000, 8 << 20, 1 << 20
 #: requests that one step of the sweep, clear or browse looks at
 STEP = 100
 
@@ -159,6 +161,17 @@ class UnreadableRequest(VersionSkew):
     def __init__(self, attempt: Attempt, reason: Exception) -> None:
         super().__init__(f"request {attempt.key!r} cannot be read here and was handed back: {reason}")
         self.attempt = attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """What a follower finds. ``token``: of the attempt that runs or was the last, "" = not known. ``first``: the number
+    of the first of ``values``, which are packed. ``found``: the record, with the result of a completed request."""
+
+    found: Found
+    token: str
+    first: int
+    values: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +331,19 @@ class Calls:
 
         return self._call("read", key, (int(with_value),), parse)
 
+    def follow(self, key: Key, token: str, number: int) -> Call[Followed | None]:
+        """What is new for a follower who knows the attempt ``token`` up to ``number``. None: there is no record."""
+
+        def parse(reply: Any) -> Followed | None:
+            word, *rest = _words("follow", reply)
+            if word == "unknown":
+                return None
+            packed, current, first, values, stored = rest
+            found = Found(_status(key, packed), _stored(key, stored))
+            return Followed(found, _text(current), int(first), tuple(values))
+
+        return self._call("follow", key, (token, number), parse)
+
     def locate(self, key: Key, queue: str) -> Call[BatchStatus]:
         """The record with position and eta; live workers are counted on ``queue``."""
 
@@ -439,6 +465,11 @@ class Calls:
             return int(_held(attempt.key, _words("renew", reply))[1])
 
         return self._call("renew", attempt.key, (attempt.token, lease_ms, progress), parse)
+
+    def emit(self, attempt: Attempt, number: int, packed: bytes) -> Call[str]:
+        """``emitted`` | ``already``. Raises LeaseLost. ``number`` counts what the attempt emits, from 1."""
+        argv = (attempt.token, number, EMISSIONS_KEPT, EMITTED_BYTES, packed)
+        return self._call("emit", attempt.key, argv, _held_word("emit", attempt.key))
 
     def complete(
         self, attempt: Attempt, envelope: Envelope, inline: bytes | None, *, sticky: bool, ttl_ms: int
@@ -788,6 +819,7 @@ def _fields(packed: bytes) -> dict[str, bytes | None]:
 def _status(key: Key, packed: bytes, outcome: Outcome | None = None, value: Any = None) -> BatchStatus:
     field = _fields(packed)
     est_ms = int(field["est_ms"] or 0)
+    fraction, message = _progress(field["progress"])
     return BatchStatus(
         key=key,
         state=_state(key, field["state"]) if field["state"] else State.UNKNOWN,
@@ -798,7 +830,8 @@ def _status(key: Key, packed: bytes, outcome: Outcome | None = None, value: Any 
         started=_time(field["started_ms"]),
         ended=_time(field["ended_ms"]),
         estimated_time=est_ms / 1000 if est_ms else None,
-        progress=_progress(field["progress"]),
+        progress=fraction,
+        progress_message=message,
         attempts=int(field["attempts"] or 0),
         error=codec.unpack_error(field["error"] or LAPSED) if field["error"] is not None else None,
         worker=_text(field["worker"]) if field["worker"] else None,
@@ -844,8 +877,11 @@ def _torn(key: Key, missing: Any) -> RqarmError:
     return RqarmError(f"{int(missing)} pieces of the result of {key!r} are gone before its commit: write it again")
 
 
-def _progress(packed: bytes | None) -> float | None:
-    return float(json.loads(packed)["fraction"]) if packed else None
+def _progress(packed: bytes | None) -> tuple[float | None, str]:
+    if not packed:
+        return None, ""
+    told = json.loads(packed)
+    return float(told["fraction"]), str(told.get("message", ""))
 
 
 def _time(text: bytes | None) -> datetime | None:

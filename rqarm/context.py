@@ -47,11 +47,13 @@ class Context:
 
     __slots__ = (
         "_clock",
+        "_emit",
         "_is_cancelled",
         "_report",
         "_reported",
         "attempt",
         "deadline",
+        "is_found",
         "key",
         "kwargs",
         "request",
@@ -72,6 +74,7 @@ class Context:
         worker: str = "",
         *,
         clock: Callable[[], float] = time.monotonic,
+        emit: Callable[[Any], object] = lambda _: None,
     ) -> None:
         self.request = request
         self.key = key
@@ -84,6 +87,9 @@ class Context:
         self._is_cancelled = is_cancelled
         self._clock = clock
         self._reported = -math.inf
+        self._emit = emit
+        #: whether the route's look-up had the value, so that the handler was not called
+        self.is_found = False
 
     @property
     def cancelled(self) -> bool:
@@ -111,6 +117,18 @@ class Context:
             return
         self._reported = now
         self._report(float(fraction), message)
+
+    def emit(self, value: Any) -> None:
+        """An intermediate response: whoever follows the request gets it now, who comes later gets it first.
+
+        A value as a result may be one, but no bytes in pieces, no file and no ``Result``, and 1 MiB packed at the most.
+        Each is a round trip. In an ``async def`` handler it goes out beside the handler, in the order in which it was
+        emitted; all of it before the end of the attempt. The newest 1,000 (8 MiB) are kept as long as the result.
+
+        Raises UnpackableResult, EmissionTooLarge, and LeaseLost when the attempt should stop. What the server refuses
+        is logged and dropped: the computation is worth more.
+        """
+        self._emit(value)
 
     def retry(self, delay: float | None = None, **kwargs: Any) -> RetryLater:
         """The exception to raise to be called again: ``raise context.retry(delay=30, page=2)``.

@@ -131,6 +131,16 @@ class ResultTooLarge(RqarmError):
         self.limit = limit
 
 
+class EmissionTooLarge(ResultTooLarge):
+    """What a handler emits is over the limit for one value. Nothing was stored."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        RqarmError.__init__(
+            self, f"what is emitted takes {size} bytes packed, the limit for one is {limit}: emit less, or return it"
+        )
+        self.size, self.limit = size, limit
+
+
 class UnpackableResult(RqarmError, TypeError):
     """A value cannot be stored; ``path`` says where inside the value, such as ``$['rows'][3]``."""
 

@@ -9,6 +9,7 @@ to Redis: the worker calls ``Match.call`` and obeys ``Route`` and ``Retry``.
 from __future__ import annotations
 
 import difflib
+import enum
 import functools
 import importlib.metadata
 import inspect
@@ -24,7 +25,7 @@ import typing
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from email.message import Message
-from typing import Any, Generic, ParamSpec, TypedDict, TypeVar, Unpack
+from typing import Any, Final, Generic, ParamSpec, TypedDict, TypeVar, Unpack
 from urllib.parse import quote, unquote, unquote_to_bytes
 
 from rqarm.codec import Result
@@ -78,6 +79,16 @@ class ResourceError(RqarmError):
         super().__init__(f"resource {name!r}: {reason}")
         self.name, self.reason = name, reason
 
+
+class _Miss(enum.Enum):
+    MISS = "MISS"
+
+    def __repr__(self) -> str:
+        return "rqarm.MISS"
+
+
+#: what a look-up returns that has no value: then the handler is called
+MISS: Final = _Miss.MISS
 
 #: a second try of these ends like the first
 _HOPELESS = (InvalidRequest, NoHandler, AppRefusal, UnpackableResult, ResultTooLarge)
@@ -455,12 +466,31 @@ class Handler(Generic[P, R]):
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
         self._template = template
         self._parameters = _parameters(function, template.converters if template else {})
+        self.finder: Callable[..., Any] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"<Handler {self.route.name!r}: {_name(self.function)}>"
+
+    def lookup(self, function: AnyFunction) -> AnyFunction:
+        """Let the decorated function look for the value before the handler is called: ``@cities.lookup``.
+
+        It gets the arguments of the handler. What it returns completes the request; ``rqarm.MISS`` = it has none, call
+        the handler. It may be async; an error in it is one of the handler, and its time counts as the handler's.
+
+        Raises ConfigError when there is one already or its signature does not take the arguments.
+        """
+        if self.finder is not None:
+            raise ConfigError(f"{_name(function)}: {_name(self.finder)} is the look-up of {self.route.name!r} already")
+        try:
+            _signature(function).bind(None, None, **dict.fromkeys(self.parameters))
+        except TypeError as error:
+            takes = ", ".join(("request", "context", *self.parameters))
+            raise ConfigError(f"{_name(function)}: a look-up must take ({takes}), as its handler: {error}") from error
+        self.finder = function
+        return function
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -568,13 +598,29 @@ class Match:
     def route(self) -> Route:
         return self.handler.route
 
-    def call(self, request: BatchRequest, context: Context) -> Any:
-        """Call the handler: its value, or a coroutine when it is async.
+    def call(self, request: BatchRequest, context: Context, *, has_looked: bool = False) -> Any:
+        """Call the handler, behind its look-up if it has one: its value, or a coroutine when one of the two is async.
 
+        When the coroutine of a handler that is not async gives MISS, that was the look-up's: call it ``has_looked``.
         Arguments that an earlier attempt changed (``context.kwargs``) win over those of the request.
         """
         changed = {name: context.kwargs[name] for name in self.handler.parameters if name in context.kwargs}
-        return self.handler.function(request, context, **(self.kwargs | changed))
+        kwargs = self.kwargs | changed
+        if self.handler.finder is None or has_looked:
+            return self.handler.function(request, context, **kwargs)
+        found = self.handler.finder(request, context, **kwargs)
+        if self.handler.is_async or inspect.isawaitable(found):
+            return self._found_later(found, request, context, kwargs)
+        context.is_found = found is not MISS
+        return found if context.is_found else self.handler.function(request, context, **kwargs)
+
+    async def _found_later(self, found: Any, request: BatchRequest, context: Context, kwargs: dict[str, Any]) -> Any:
+        if inspect.isawaitable(found):
+            found = await found
+        context.is_found = found is not MISS
+        if context.is_found or not self.handler.is_async:
+            return found
+        return await self.handler.function(request, context, **kwargs)
 
 
 class Handlers:
@@ -852,6 +898,11 @@ class Resources:
             if name not in built.values:
                 self._build(name, built)
             return built.values[name]
+
+    @property
+    def are_built(self) -> bool:
+        """Whether this process has built any."""
+        return bool(self._built().values)
 
     def close(self) -> None:
         """Tear down what this process has built, newest first; a later use builds anew.

@@ -18,6 +18,8 @@ PATTERNS: dict[str, str] = {
     "chunk": "chunk:{key}:{owner}:{n}",
     "callbacks": "callbacks:{key}",
     "done": "done:{key}",
+    "told": "done:{key}:told",
+    "emitted": "emitted:{key}",
     "pending": "pending:{queue}",
     "load": "load:{queue}",
     "queues": "queues",
@@ -76,6 +78,11 @@ class Keys:
 
     def done(self, key: Key) -> str:
         return f"{self.prefix}done:{key}"
+
+    @staticmethod
+    def told(key: Key) -> Key:
+        """What a follower watches beside the key: a key cannot hold a colon, so it is nobody's."""
+        return Key(f"{key}:told")
 
     def chunk(self, key: Key, owner: str, n: int) -> str:
         return f"{self.prefix}chunk:{key}:{owner}:{n}"

@@ -7,12 +7,13 @@ from typing import Any
 
 import redis
 
-from rqarm import browse, bulk, connect, flows, inline
+from rqarm import browse, bulk, connect, flows, following, inline
 from rqarm.browse import ClaimPage, RequestDetail, SearchPage, WorkersView
 from rqarm.bulk import Entries, Entry, OnError
 from rqarm.cache import Cache
 from rqarm.config import Settings
 from rqarm.flows import Core, Event
+from rqarm.following import FollowEvent
 from rqarm.inline import BulkResult, Compute, Mitigation, OnHits
 from rqarm.inspect import Overview, overview
 from rqarm.model import BatchStatus
@@ -146,6 +147,16 @@ class RequestManager:
     def as_completed(self, keys: Iterable[str], timeout: float | None = None) -> Iterator[BatchStatus]:
         """Each status as its request ends. Raises WaitTimeout when the time is over before all have."""
         return self.shell.iterate(flows.as_completed(self.core, keys, timeout))
+
+    def follow(self, request: BatchRequest | str, timeout: float | None = None) -> Iterator[FollowEvent]:
+        """What a request emits and how far it is, as it comes; last its result or its error, also as an event.
+
+        A str is taken as a key; nothing is submitted. What was emitted so far comes first, also after the end, as long
+        as the result lives. See ``FollowEvent`` for the kinds. A failure is an event, so the loop ends by itself.
+
+        Raises RequestUnknown when there is nothing to follow, WaitTimeout after ``timeout`` seconds.
+        """
+        return self.shell.iterate(following.follow(self.core, request, timeout))
 
     def cancel(self, key: str) -> bool:
         """End a request for everybody who waits for it. False when it had ended already. Raises RequestUnknown."""

@@ -67,6 +67,7 @@ TRANSITIONS: dict[str, dict[State, State]] = {
     "take": {State.PENDING: State.IN_PROGRESS},
     "admit": {State.IN_PROGRESS: State.PENDING},
     "renew": {State.IN_PROGRESS: State.IN_PROGRESS},
+    "emit": {State.IN_PROGRESS: State.IN_PROGRESS},
     "complete": {State.IN_PROGRESS: State.COMPLETED},
     "fail": {State.IN_PROGRESS: State.FAILED},
     "retry": {State.IN_PROGRESS: State.PENDING},
@@ -88,8 +89,9 @@ class BatchStatus:
     """What is known of one request at one moment.
 
     Times are aware datetimes in UTC from the server's clock. ``position``: 1 = next to start, 0 = in progress, None =
-    not asked for or not in flight. ``eta`` and ``estimated_time`` are seconds. ``error`` has type, message and
-    traceback. ``value`` is filled on a hit only, and left out of ``to_dict``.
+    not asked for or not in flight. ``eta`` and ``estimated_time`` are seconds. ``progress`` (0 to 1) and its message
+    are what the handler told last, while it runs. ``error`` has type, message and traceback. ``value`` is filled on a
+    hit only, and left out of ``to_dict``.
     """
 
     key: Key
@@ -105,6 +107,7 @@ class BatchStatus:
     eta: float | None = None
     estimated_time: float | None = None
     progress: float | None = None
+    progress_message: str = ""
     attempts: int = 0
     error: dict[str, Any] | None = None
     worker: str | None = None

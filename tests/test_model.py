@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -50,7 +50,9 @@ URIS = tuple(f"/{n}" for n in range(3))
 
 #: low, so that requests are set aside now and then
 MAX_ATTEMPTS = 2
-VERBS = ("renew", "admit", "complete", "fail", "retry", "release", "crash")
+#: low for the same reason: what is kept of an attempt's emissions
+MOST_ITEMS, MOST_BYTES = 3, 7
+VERBS = ("renew", "emit", "admit", "complete", "fail", "retry", "release", "crash")
 
 uris = st.sampled_from(URIS)
 priorities = st.sampled_from(Priority)
@@ -84,6 +86,7 @@ class Record:
     moved_by: str = ""
     aside_by: str = ""
     place: str = ""  # under the limit: running, called, parked
+    emitted: list[tuple[int, int]] = field(default_factory=list)  # number and size of what its attempt has emitted
 
     @property
     def in_flight(self) -> bool:
@@ -104,6 +107,12 @@ class World:
     taken: tuple[str, str] | None = None  # execution and URI of the last take
 
 
+def replace_limits(call: Call[str]) -> Call[str]:
+    """The same emission, where less is kept."""
+    *head, _, _, value = call.argv
+    return replace(call, argv=(*head, MOST_ITEMS, MOST_BYTES, value))
+
+
 class Watched(Rig):
     """Notes every answer: a machine that reaches little proves little."""
 
@@ -122,6 +131,9 @@ REACHED = {
     ("take", "started empty"),
     ("start", "started superseded unknown"),
     ("renew", "renewed lost"),
+    ("emit", "emitted already lost"),
+    ("follow", "found unknown"),
+    ("model", "dropped gap"),
     ("admit", "admitted parked lost"),
     ("model", "called"),
     ("complete", "stored already lost"),
@@ -198,6 +210,7 @@ class Machine(RuleBasedStateMachine):
         self.vacate(record)
         record.state, record.job_id, record.lapsed, record.delayed = "pending", job_id, False, delayed
         record.token, record.execution = 0, ""
+        record.emitted = []
 
     def has_ticket(self, record: Record) -> bool:
         delivery = self.world.jobs.get(record.job_id)
@@ -405,6 +418,7 @@ class Machine(RuleBasedStateMachine):
         if record.in_flight:  # who waits for it asked for as much
             sticky, life_ms = sticky or record.sticky, max(life_ms, record.ttl_ms)
         self.stored(uri, record, sticky, life_ms)
+        record.emitted = []
 
     def stored(self, uri: str, record: Record, sticky: bool, life_ms: int) -> None:
         self.landed(record, "completed")
@@ -483,6 +497,7 @@ class Machine(RuleBasedStateMachine):
         """The ticket of a failed request starts it anew."""
         if record.state == "failed":
             record.crashes = record.retries = 0
+            record.emitted = []
 
     def popped(self) -> str | None:
         """The request that a take starts; superseded tickets in front of it are thrown away."""
@@ -552,6 +567,28 @@ class Machine(RuleBasedStateMachine):
         assert self.rig.word(call) == ("renewed" if holds else "lost")
         if holds:
             record.lapsed = False
+
+    def act_emit(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
+        """The next one, one again, or the next but one: those between were lost on their way."""
+        for step in data.draw(st.lists(st.sampled_from([1, 1, 1, 0, 2]), min_size=1, max_size=5)):
+            last = record.emitted[-1][0] if record.emitted else 0
+            self.emit_one(record, attempt, holds, max(1, last + step), data.draw(st.integers(1, 4)))
+
+    def emit_one(self, record: Record, attempt: Attempt, holds: bool, number: int, size: int) -> None:
+        last = record.emitted[-1][0] if record.emitted else 0
+        call = replace_limits(self.rig.calls.emit(attempt, number, b"x" * size))
+        is_known = number <= last
+        assert self.rig.word(call) == ("lost" if not holds else "already" if is_known else "emitted")
+        if not holds or is_known:
+            return
+        if last and number > last + 1:
+            Watched.seen.add(("model", "gap"))
+            record.emitted = []
+        record.emitted.append((number, size))
+        while len(record.emitted) > MOST_ITEMS or sum(size for _, size in record.emitted) > MOST_BYTES:
+            Watched.seen.add(("model", "dropped"))
+            del record.emitted[0]
+        assert self.rig.word(call) == "already"
 
     def act_admit(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
         if holds:
@@ -737,8 +774,11 @@ class Machine(RuleBasedStateMachine):
     def record_agrees(self, uri: str, record: Record | None) -> None:
         stored = self.rig.record(self.key(uri))
         assert stored.get("state") == (record.state if record is not None else None)
+        seen = self.rig.ask(self.rig.calls.follow(self.key(uri), "", 0))
         if record is None:
+            assert seen is None
             return
+        assert [(n, len(value)) for n, value in enumerate(seen.values, seen.first)] == record.emitted
         assert stored.get("job_id", "") == record.job_id
         assert record.state != "pending" or ("due_ms" in stored) == record.delayed
         assert stored.get("limit") == (LIMIT if record.place else None)

@@ -24,8 +24,8 @@ SOURCES = {
     if file.name.endswith(".lua")
 }
 #: scripts that the server may refuse when memory is out, or that only read; the others must always get through
-READING = {"read", "locate", "browse", "stats", "overview", "search", "claims", "inspect", "survey"}
-WITHOUT_FLAGS = {"submit", "put"} | READING
+READING = {"read", "follow", "locate", "browse", "stats", "overview", "search", "claims", "inspect", "survey"}
+WITHOUT_FLAGS = {"submit", "put", "emit"} | READING
 #: Lua's own `error` is a function: the name below a header is another
 ALIASES = {"error": "err"}
 #: commands that give a key a TTL, and the only places where they may stand
@@ -154,7 +154,15 @@ def test_no_script_gives_a_ttl_to_what_is_in_flight(name: str) -> None:
 def test_only_a_result_its_record_and_a_replaced_ticket_get_a_ttl(name: str) -> None:
     source = re.sub(r"--[^\n]*", "", SOURCES[name])
     receivers = re.findall(r"(?<!function )(?:expire_at\(|'PEXPIRE', )(\w+)", source)
-    assert set(receivers) <= {"chunk_name", "result_name", "status_name", "callbacks_name", "status", "replaced"}
+    assert set(receivers) <= {
+        "chunk_name",
+        "result_name",
+        "status_name",
+        "callbacks_name",
+        "emitted_name",
+        "status",
+        "replaced",
+    }
 
 
 @pytest.mark.parametrize("name", SOURCES)

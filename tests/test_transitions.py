@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rqarm import RequestManager, browse, codec, connect, embedded, flows
+from rqarm import calls as calls_module
 from rqarm.calls import Attempt, Call, Found, Overdue, Ticket
 from rqarm.errors import ForeignData, KeyConflict, LeaseLost, RqarmError
 from rqarm.keys import URI_FIELDS
@@ -52,6 +53,8 @@ admit other         lost        lost        lost        lost        lost        
 admit same          lost        parked      parked      parked      parked      parked
 renew mine          lost        lost        lost        renewed*    lost        renewed*
 renew other         lost        lost        lost        lost        lost        lost
+emit mine           lost        lost        lost        emitted*    lost        emitted*
+emit other          lost        lost        lost        lost        lost        lost
 complete mine       lost        lost        lost        stored*     lost        stored*
 complete other      lost        lost        lost        lost        lost        lost
 fail mine           lost        lost        lost        failed*     lost        failed*
@@ -74,6 +77,7 @@ forget -            unknown     in_flight   in_flight   in_flight   in_flight   
 put new             stored*     stored*     stored*     stored*     stored*     stored*
 put impostor        stored*     conflict    conflict    conflict    conflict    conflict
 read -              unknown     found       found       found       found       found
+follow -            unknown     found       found       found       found       found
 locate -            unknown     found       found       found       found       found
 browse line         page        page        page        page        page        page
 browse results      page        page        page        page        page        page
@@ -107,6 +111,8 @@ admit other         lost        lost        lost        lost        lost        
 admit same          parked      parked      parked      parked      parked      parked      parked
 renew mine          lost        lost        lost        lost        lost        lost        lost
 renew other         lost        lost        lost        lost        lost        lost        lost
+emit mine           lost        lost        lost        lost        lost        lost        lost
+emit other          lost        lost        lost        lost        lost        lost        lost
 complete mine       already     already     already     lost        lost        lost        lost
 complete other      lost        lost        lost        lost        lost        lost        lost
 fail mine           lost        lost        lost        already     already     lost        lost
@@ -129,6 +135,7 @@ forget -            forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  
 put new             stored*     stored*     stored*     stored*     stored*     stored*     stored*
 put impostor        conflict    conflict    conflict    conflict    conflict    conflict    conflict
 read -              found       found       found       found       found       found       found
+follow -            found       found       found       found       found       found       found
 locate -            found       found       found       found       found       found       found
 browse line         page        page        page        page        page        page        page
 browse results      page        page        page        page        page        page        page
@@ -162,6 +169,8 @@ admit other         lost        lost        lost        lost
 admit same          parked      parked      parked      parked
 renew mine          renewed*    renewed*    lost        lost
 renew other         lost        lost        lost        lost
+emit mine           emitted*    emitted*    lost        lost
+emit other          lost        lost        lost        lost
 complete mine       stored*     stored*     lost        lost
 complete other      lost        lost        lost        lost
 fail mine           failed*     failed*     lost        lost
@@ -184,6 +193,7 @@ forget -            in_flight   in_flight   in_flight   in_flight
 put new             stored*     stored*     stored*     stored*
 put impostor        conflict    conflict    conflict    conflict
 read -              found       found       found       found
+follow -            found       found       found       found
 locate -            found       found       found       found
 browse line         page        page        page        page
 browse results      page        page        page        page
@@ -218,6 +228,7 @@ assert {state for _, _, state, _, _ in CASES} == set(STATES)
 
 #: what is answered when exactly the same call is sent again after it changed something; others repeat their word
 SECOND_WORD = {
+    ("emit", "emitted"): "already",
     ("complete", "stored"): "already",
     ("fail", "failed"): "already",
     ("retry", "retried"): "already",
@@ -259,6 +270,8 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             return rig.admit(attempt, ticket=replace(waits, job_id=same.job_id) if variant == "same" else waits)
         case "renew", _:
             return rig.calls.renew(attempt, 2 * LEASE_MS)
+        case "emit", _:
+            return rig.calls.emit(attempt, 1, b"\x01")
         case "complete", _:
             return rig.complete(attempt)
         case "fail", _:
@@ -278,6 +291,8 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             return rig.put(IMPOSTOR if variant == "impostor" else REQUEST, secrets.token_hex(8))
         case "read", _:
             return rig.calls.read(key, with_value=True)
+        case "follow", _:
+            return rig.calls.follow(key, "", 0)
         case "locate", _:
             return rig.calls.locate(key, "arm")
         case "browse", _:
@@ -427,9 +442,16 @@ def chunked(rig: Rig) -> codec.Envelope:
 
 
 #: (verb, word) -> how to bring it about, and what the repeat answers; None = it writes, so the repeat differs
+def _emitted_before(rig: Rig) -> Call[Any]:
+    attempt = rig.begin(REQUEST)
+    assert [rig.word(rig.calls.emit(attempt, number, b"\x01")) for number in (1, 2)] == ["emitted", "emitted"]
+    return rig.calls.emit(attempt, 1, b"\x01")
+
+
 SPECIAL: dict[tuple[str, str], tuple[Callable[[Rig], Call[Any]], str]] = {
     ("submit", "corrupt"): (_corrupt, "corrupt"),
     ("submit", "refused"): (_refused, "refused"),
+    ("emit", "already"): (_emitted_before, "already"),
     ("complete", "torn"): (_torn, "torn"),
     ("put", "torn"): (_torn_put, "torn"),
     ("crash", "quarantined"): (_last_crash, "already"),
@@ -1689,3 +1711,135 @@ def test_foreign_data_does_not_stop_the_sweep(rig: Rig) -> None:
     assert rig.run(flows.sweep(rig.core)) == 2
     attempts = [rig.run(flows.take(rig.core, None, "w", 0)) for _ in range(2)]
     assert {attempt.key for attempt in attempts} == {bad_job, lost}
+
+
+# -- emit and follow
+
+
+def emit(rig: Rig, attempt: Attempt, *values: Any, first: int = 1) -> None:
+    for number, value in enumerate(values, first):
+        assert rig.word(rig.calls.emit(attempt, number, codec.pack(value))) == "emitted"
+
+
+def emitted(rig: Rig, key: Key) -> list[Any]:
+    """What a late joiner is given."""
+    seen = rig.ask(rig.calls.follow(key, "", 0))
+    return [] if seen is None else [codec.unpack(packed) for packed in seen.values]
+
+
+@pytest.mark.parametrize("end", ["complete", "sticky", "fail", "cancel"])
+def test_what_was_emitted_lives_as_long_as_the_end_of_its_attempt(rig: Rig, end: str) -> None:
+    attempt = rig.begin(REQUEST)
+    emit(rig, attempt, 1, 2)
+    name = rig.named("emitted", key=attempt.key)
+    assert rig.client.pexpiretime(name) == -1
+    ends = {
+        "complete": rig.complete(attempt),
+        "sticky": rig.complete(attempt, sticky=True),
+        "fail": rig.fail(attempt),
+        "cancel": rig.calls.cancel(attempt.key),
+    }
+    rig.reply(ends[end])
+    assert rig.client.pexpiretime(name) == rig.client.pexpiretime(rig.keys.status(attempt.key))
+    assert (rig.client.pexpiretime(name) == -1) == (end == "sticky")
+    assert emitted(rig, attempt.key) == [1, 2]
+    audit(rig.client, rig.keys)
+
+
+def test_a_hit_that_lengthens_the_result_lengthens_what_was_emitted(rig: Rig) -> None:
+    attempt = rig.begin(REQUEST)
+    emit(rig, attempt, 1)
+    rig.reply(rig.complete(attempt))
+    assert rig.word(rig.submit(replace(REQUEST, sticky=True))) == "hit"
+    assert rig.client.pexpiretime(rig.named("emitted", key=attempt.key)) == -1
+    audit(rig.client, rig.keys)
+
+
+@pytest.mark.parametrize("way", ["retry", "release", "crash", "lapsed submit", "parked", "rq requeue"])
+def test_another_attempt_begins_with_nothing_emitted(rig: Rig, way: str) -> None:
+    if way == "parked":
+        rig.placed("/holder")
+    attempt = rig.begin(REQUEST)
+    emit(rig, attempt, 1, 2)
+    rig.reply(rig.calls.renew(attempt, LEASE_MS, b'{"fraction": 0.5, "message": "half"}'))
+    ticket = rig.ticket(REQUEST)
+    if way == "lapsed submit":
+        rig.lapse(attempt.key)
+    elif way == "rq requeue":
+        rig.reply(rig.fail(attempt))
+    job_id = rig.record(attempt.key)["job_id"]
+    calls = {
+        "retry": lambda: rig.retry(attempt, ticket),
+        "release": lambda: rig.calls.release(attempt, rig.front_ticket(REQUEST)),
+        "crash": lambda: rig.crash(attempt.key, attempt.token, ticket),
+        "lapsed submit": lambda: rig.submit(REQUEST),
+        "parked": lambda: rig.admit(attempt),
+        "rq requeue": lambda: rig.start(attempt.key, job_id),
+    }
+    rig.reply(calls[way]())
+    assert not rig.client.exists(rig.named("emitted", key=attempt.key))
+    assert {"emitted", "progress"} & rig.record(attempt.key).keys() == set()
+    audit(rig.client, rig.keys)
+
+
+@pytest.mark.parametrize("way", ["resubmit", "forget", "clear", "put", "submit of what failed", "put in flight"])
+def test_what_drops_a_result_drops_what_was_emitted(rig: Rig, way: str) -> None:
+    attempt = rig.begin(REQUEST)
+    emit(rig, attempt, 1)
+    if way != "put in flight":
+        rig.reply(rig.fail(attempt) if way == "submit of what failed" else rig.complete(attempt))
+    calls = {
+        "resubmit": rig.submit(REQUEST, again=True),
+        "submit of what failed": rig.submit(REQUEST),
+        "forget": rig.calls.forget(attempt.key),
+        "clear": rig.calls.clear(temporary_only=True),
+    }
+    rig.reply(calls.get(way) or rig.put(REQUEST, secrets.token_hex(8)))
+    assert not rig.client.exists(rig.named("emitted", key=attempt.key))
+    assert emitted(rig, attempt.key) == []
+    audit(rig.client, rig.keys)
+
+
+def test_a_list_that_an_earlier_claim_left_behind_counts_for_nothing(rig: Rig) -> None:
+    first = rig.begin(REQUEST)
+    emit(rig, first, "old")
+    rig.reply(rig.complete(first))
+    rig.client.delete(rig.keys.status(first.key), rig.named("result", key=first.key))  # the server made room
+    second = rig.begin(REQUEST)
+    assert emitted(rig, second.key) == []
+    emit(rig, second, "new")
+    assert emitted(rig, second.key) == ["new"]
+    assert rig.client.pexpiretime(rig.named("emitted", key=second.key)) == -1
+
+
+def test_an_evicted_list_goes_on_with_the_next_number(rig: Rig) -> None:
+    attempt = rig.begin(REQUEST)
+    emit(rig, attempt, "a", "b")
+    rig.client.delete(rig.named("emitted", key=attempt.key))
+    emit(rig, attempt, "c", first=3)
+    seen = rig.ask(rig.calls.follow(attempt.key, str(attempt.token), 2))
+    assert (seen.first, [codec.unpack(packed) for packed in seen.values]) == (3, ["c"])
+    audit(rig.client, rig.keys)
+
+
+def test_the_newest_emissions_are_kept_by_number_and_by_size(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls_module, "EMISSIONS_KEPT", 3)
+    monkeypatch.setattr(calls_module, "EMITTED_BYTES", 20)
+    attempt = rig.begin(REQUEST)
+    emit(rig, attempt, *range(5))
+    assert emitted(rig, attempt.key) == [2, 3, 4]
+    emit(rig, attempt, "x" * 18, first=6)
+    assert emitted(rig, attempt.key) == [4, "x" * 18]
+    emit(rig, attempt, "y" * 30, first=7)
+    assert emitted(rig, attempt.key) == ["y" * 30], "one is always kept"
+    audit(rig.client, rig.keys)
+
+
+def test_out_of_memory_an_emission_is_refused_and_writes_nothing(rig: Rig, full: Callable[[], None]) -> None:
+    attempt = rig.begin(REQUEST)
+    emit(rig, attempt, 1)
+    before = stored(rig)
+    full()
+    with pytest.raises(redis.exceptions.OutOfMemoryError):
+        rig.reply(rig.calls.emit(attempt, 2, b"\x02"))
+    assert stored(rig) == before

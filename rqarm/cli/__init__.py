@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("rqarm.cli.requests:status", "Show what is known of a request."),
     "result": ("rqarm.cli.requests:result", "Write the value of a request."),
     "wait": ("rqarm.cli.requests:wait", "Wait until requests have ended."),
+    "follow": ("rqarm.cli.follow:follow", "Show what a request emits and how far it is, then its value."),
     "ls": ("rqarm.cli.requests:ls", "List requests: what waits and runs, or one state."),
     "search": ("rqarm.cli.browse:search", "Find requests by key, URI or a part of it, state, route, tag."),
     "inspect": ("rqarm.cli.browse:inspect", "Show everything that is known of a request."),

@@ -35,7 +35,7 @@ from rqarm.cli.common import (
     tell,
 )
 from rqarm.cli.values import read_value, write_value
-from rqarm.cli.waiting import follow, going_on, progress_of, wait_for
+from rqarm.cli.waiting import each_ended, follow, going_on, progress_of, wait_for
 from rqarm.config import Settings
 from rqarm.errors import RequestFailed, RqarmError, WaitTimeout
 from rqarm.manager import RequestManager
@@ -243,7 +243,7 @@ def _print_status(status: BatchStatus, settings: Settings) -> None:
     if status.position:
         pairs.append(("position", status.position))
     if status.progress is not None and status.state is State.IN_PROGRESS:
-        pairs.append(("progress", f"{status.progress:.0%}"))
+        pairs.append(("progress", f"{status.progress:.0%} {status.progress_message}"))
     if status.eta is not None:
         pairs.append(("eta", f"about {duration(status.eta)}"))
     if status.attempts:
@@ -404,7 +404,7 @@ def wait(target: Target, keys: tuple[str, ...], timeout: float | None, is_json: 
                 print_json([document_of(found, rm.settings) for found in statuses])
                 return max(exit_code_of(found) for found in statuses)
             code = 0
-            for found in rm.as_completed(names, timeout):
+            for found in each_ended(rm, names, timeout):
                 click.echo(f"{found.key} {found.state}")
                 code = max(code, exit_code_of(found))
     return code

@@ -24,7 +24,7 @@ local family, job, size_bytes, chunks = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV
 local envelope, bytes = ARGV[10], ARGV[11]
 
 local claim = record(key, 'state', 'token', 'sticky', 'ttl_ms', 'fallback_ttl_ms', 'started_ms', 'queue', 'slot',
-  'est_ms', 'done_token', 'limit', 'pushed_ms')
+  'est_ms', 'done_token', 'limit', 'pushed_ms', 'emitted')
 
 if claim.state == 'completed' and claim.done_token == token then return {'already'} end
 if claim.state ~= 'in_progress' or claim.token ~= token then
@@ -42,6 +42,7 @@ if life_ms == 0 then life_ms = tonumber(claim.fallback_ttl_ms) end
 
 make_room(key, claim)
 commit(key, token, token, keep, life_ms, size_bytes, chunks, envelope, bytes)
+if claim.emitted then expire_at(emitted_name(key), not keep and now_ms + life_ms or nil) end
 redis.call('UNLINK', callbacks_name(key), unpack(job ~= '' and {job} or {}))
 learn(family, now_ms - tonumber(claim.started_ms))
 count_end('completed', claim, family, size_bytes)

@@ -16,7 +16,7 @@ local key, token, err = ARGV[2], ARGV[3], ARGV[4]
 local failure_ttl_ms, negative_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
 
 local claim = record(key, 'state', 'token', 'done_token', 'queue', 'slot', 'est_ms', 'limit', 'started_ms',
-  'pushed_ms')
+  'pushed_ms', 'emitted')
 
 if claim.state == 'failed' and claim.done_token == token then return {'already'} end
 if claim.state ~= 'in_progress' or claim.token ~= token then
@@ -30,6 +30,7 @@ if negative_ms > 0 then redis.call('HSET', status, 'negative_until', int(now_ms 
 -- The record outlives its negative answer, whichever of the two is longer.
 redis.call('PEXPIRE', status, int(math.max(failure_ttl_ms, negative_ms)))
 redis.call('PEXPIRE', callbacks_name(key), int(failure_ttl_ms))
+if claim.emitted then redis.call('PEXPIRE', emitted_name(key), int(math.max(failure_ttl_ms, negative_ms))) end
 wake(key, 'failed')
 list_failure(key)
 count_end('failed', claim)

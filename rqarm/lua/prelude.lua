@@ -294,6 +294,23 @@ local function retire(old_job_id, job_id, commands)
   if redis.call('PTTL', replaced) == -1 then redis.call('PEXPIRE', replaced, TICKET_KEPT_MS) end
 end
 
+-- What an attempt has emitted: a list behind a head, 'token:first:bytes', which says whose they are, the number of the first
+-- that is kept, and their size. The record names the attempt too, so a list that was left behind counts for nothing.
+local function kept_emissions(key, token)
+  local head = token and redis.call('LINDEX', emitted_name(key), 0) or ''
+  local owner, first, bytes = string.match(head, '^(%d+):(%d+):(%d+)$')
+  if not owner or owner ~= token then return 1, 0, 0 end
+  return tonumber(first), redis.call('LLEN', emitted_name(key)) - 1, tonumber(bytes)
+end
+
+-- The attempt that emitted or told its progress is over, and another will begin: its followers hear of it.
+local function withdraw_emissions(key)
+  if redis.call('HDEL', status_name(key), 'emitted', 'progress') > 0 then
+    redis.call('UNLINK', emitted_name(key))
+    redis.call('PUBLISH', told_name(key), 'restart')
+  end
+end
+
 -- A claim goes back to pending behind a new ticket. Its place in line is that of the old one.
 local function requeue(key, fields, job_id, commands, data)
   retire(fields.job_id, job_id, commands)
@@ -303,7 +320,8 @@ local function requeue(key, fields, job_id, commands, data)
   local ticket, priority = tonumber(fields.ticket), tonumber(fields.priority)
   local slot = line_up(key, fields.queue, priority, ticket, tonumber(fields.est_ms) or 0, fields.slot)
   redis.call('HSET', status_name(key), 'state', 'pending', 'job_id', job_id, 'slot', slot, 'pushed_ms', int(now_ms))
-  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'worker', 'progress')
+  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'worker')
+  withdraw_emissions(key)
   replay(commands, data)
 end
 
@@ -331,6 +349,7 @@ end
 -- The ticket of a failed request was put back: it starts anew.
 local function revoke_failure(key, fields)
   redis.call('HDEL', status_name(key), 'error', 'quarantined', 'negative_until', 'crashes', 'retries')
+  withdraw_emissions(key)
   redis.call('ZREM', quarantine_name(), key)
   fields.crashes, fields.retries = nil, nil
 end
@@ -409,6 +428,7 @@ local function set_deadline(key, deadline_ms)
   if was_sticky ~= not deadline_ms then
     redis.call('HINCRBY', stats_name('cache'), 'sticky_bytes', int(was_sticky and -size or size))
   end
+  expire_at(emitted_name(key), deadline_ms)
   local stored = redis.call('HMGET', result_name(key), 'owner', 'chunks')
   expire_together(key, stored[1], tonumber(stored[2]) or 0, deadline_ms)
 end

@@ -145,7 +145,7 @@ local function claim_it()
     if state == 'completed' or redis.call('EXISTS', result_name(key)) == 1 then
       drop_result(key, redis.call('EXISTS', result_name(key)) == 0 and 'lost' or 'replaced')
     end
-    redis.call('DEL', status)
+    redis.call('DEL', status, emitted_name(key))
     redis.call('PERSIST', callbacks_name(key))
     redis.call('ZREM', quarantine_name(), key)
   end

@@ -91,7 +91,7 @@ local function tidy()
   local surplus = redis.call('ZCARD', quarantine_name()) - keep
   if surplus > 0 then
     for _, key in ipairs(redis.call('ZRANGE', quarantine_name(), 0, math.min(surplus, limit) - 1)) do
-      redis.call('UNLINK', status_name(key), callbacks_name(key))
+      redis.call('UNLINK', status_name(key), callbacks_name(key), emitted_name(key))
       redis.call('ZREM', quarantine_name(), key)
     end
   end

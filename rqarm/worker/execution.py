@@ -10,6 +10,7 @@ The record is the truth; RQ hears of a failure only so that its own tools show i
 from __future__ import annotations
 
 import asyncio
+import atexit
 import inspect
 import logging
 import os
@@ -33,11 +34,12 @@ from rqarm.codec import Result
 from rqarm.context import Context, RetryLater
 from rqarm.errors import ConfigError, InvalidRequest, LeaseLost, NoHandler, ResultTooLarge, RqarmError, UnpackableResult
 from rqarm.flows import Core
-from rqarm.handlers import Handlers, Match, Route
+from rqarm.handlers import MISS, Handlers, Match, Route
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
 from rqarm.rqjobs import key_of
 from rqarm.shell import Shell
+from rqarm.worker.emitter import Emitter
 from rqarm.worker.limits import ALARM_DELAY, Alarm, Interruptible, await_in_time, in_time, time_limit
 from rqarm.worker.loading import load_handlers
 from rqarm.worker.patience import pause_after
@@ -60,6 +62,9 @@ class _Process:
     managers: dict[tuple[str, int], RequestManager]
     runner: asyncio.Runner | None = None
     has_async_resources: bool = False
+    closes_at_exit: bool = False
+    #: two must not build them at the same time
+    building: asyncio.Lock | None = None
 
 
 _process = _Process(os.getpid(), None, {})
@@ -95,11 +100,16 @@ def event_loop() -> asyncio.Runner:
 
 
 async def start_resources() -> None:
-    """Build the async resources of this process, on its event loop. Raises ResourceError."""
+    """Build the async resources of this process, on its event loop, once. Raises ResourceError."""
     process = this_process()
-    if not process.has_async_resources:
-        await handlers().resources.start()
-        process.has_async_resources = True
+    if process.has_async_resources:
+        return
+    if process.building is None:
+        process.building = asyncio.Lock()
+    async with process.building:
+        if not process.has_async_resources:
+            await handlers().resources.start()
+            process.has_async_resources = True
 
 
 def close_resources() -> None:
@@ -108,7 +118,8 @@ def close_resources() -> None:
     if process.handlers is None:
         return
     try:
-        if process.runner is not None and process.has_async_resources:
+        # on the loop also when only some of them could be built
+        if process.runner is not None and process.building is not None:
             process.runner.run(process.handlers.resources.aclose())
         else:
             process.handlers.resources.close()
@@ -149,6 +160,25 @@ def perform(namespace: str, key: str = "") -> None:
             Drive(execution, manager.shell).run(manager.shell.execute)
     finally:
         _sweep_now_and_then(manager)
+        known = this_process().handlers
+        if known is not None and known.resources.are_built:
+            _close_with_the_process(job)
+
+
+def _close_with_the_process(job: Job) -> None:
+    """RQ's Worker forks a process for each job and ends it with os._exit; its SimpleWorker runs all in its own."""
+    process = this_process()
+    try:
+        name = f"{rq.Worker.redis_worker_namespace_prefix}{job.worker_name}"
+        pid = job.connection.hget(name, "pid")
+    except redis.exceptions.RedisError as error:
+        log.warning("resources are not torn down, the worker's record was not read: %s", error)
+        return
+    if pid is not None and int(pid) != os.getpid():
+        close_resources()
+    elif not process.closes_at_exit:
+        process.closes_at_exit = True
+        atexit.register(close_resources)
 
 
 def worker_name(job: Job) -> str:
@@ -222,8 +252,15 @@ class Pause:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """A step of an execution: wait until what the handler emitted has been sent."""
+
+    emitter: Emitter
+
+
 #: an execution, step by step
-Steps = Generator[flows.Step | Handle | Pause, Any, None]
+Steps = Generator[flows.Step | Handle | Pause | Flush, Any, None]
 
 
 class Drive:
@@ -252,6 +289,8 @@ class Drive:
                     self._answer = self._execution.call(step.match, self._shell)
                 elif isinstance(step, Pause):
                     time.sleep(step.seconds)
+                elif isinstance(step, Flush):
+                    self._execution.flush(step.emitter)
                 else:
                     self._answer = ask(step)
             except BaseException as error:  # noqa: BLE001 -- whatever a handler raises, its request must end
@@ -277,6 +316,8 @@ class Execution:
         #: how the handler can be stopped from another thread
         self.stopper: Interruptible | Alarm | None = None
         self._match: Match | None = None
+        self._context: Context | None = None
+        self._emitter: Emitter | None = None
         #: seconds that the attempt may take
         self.limit = self._limit()
         self._ended = 0.0
@@ -291,7 +332,7 @@ class Execution:
                 self._tell("parked", route)
                 return
             self._check()
-            value = yield Handle(match)
+            value = yield from self._handle(match)
             self._check()
             yield from self._insist(flows.finish(self.core, self.attempt, value, sticky=route.sticky, ttl=route.ttl))
             self._tell("completed", route)
@@ -299,6 +340,13 @@ class Execution:
             self._tell("given up", route, lost)
         except BaseException as error:  # noqa: BLE001 -- whatever a handler raises, its request must end
             yield from self._end_badly(error, route)
+
+    def _handle(self, match: Match) -> Generator[Any, Any, Any]:
+        try:
+            return (yield Handle(match))
+        finally:
+            if self._emitter is not None and self._emitter.is_busy:
+                yield Flush(self._emitter)
 
     def _check(self) -> None:
         """A handler that stopped early because the attempt is lost may have returned half of its answer."""
@@ -318,18 +366,30 @@ class Execution:
     def call(self, match: Match, shell: Shell) -> Any:
         """Call the handler in this thread, within its time limit."""
         limit = self.limit
-        context = self.context(lambda *report: self._report(shell, *report))
+        context = self.context(lambda *report: self._report(shell, *report), shell.execute)
         with self.stopper or time_limit(limit, self.spent()):
             value = match.call(self.attempt.request, context)
         if inspect.isawaitable(value):
-            with time_limit(limit, self.spent() - ALARM_DELAY):
-                value = self._run_async(value, limit)
+            value = self._await(value, limit)
+            if value is MISS and not match.handler.is_async:
+                value = self._call_after_all(match, context, limit)
         return self._in_time(value, limit)
+
+    def _await(self, value: Awaitable[Any], limit: float) -> Any:
+        with time_limit(limit, self.spent() - ALARM_DELAY):
+            return self._run_async(value, limit)
+
+    def _call_after_all(self, match: Match, context: Context, limit: float) -> Any:
+        """Call the handler whose async look-up had nothing, in the time that is left."""
+        if isinstance(self.stopper, Alarm):
+            self.stopper.limit = limit - self.spent()
+        with self.stopper or time_limit(limit, self.spent()):
+            return match.call(self.attempt.request, context, has_looked=True)
 
     def _run_async(self, value: Awaitable[Any], limit: float) -> Any:
         """Run an async handler to its end on the loop of this process."""
         if self.loop is not None:
-            return asyncio.run_coroutine_threadsafe(await_in_time(value, limit, self.spent()), self.loop).result()
+            return asyncio.run_coroutine_threadsafe(self._with_resources(value, limit), self.loop).result()
         runner = event_loop()
         try:
             runner.run(start_resources())
@@ -339,8 +399,31 @@ class Execution:
             raise
         return runner.run(await_in_time(value, limit, self.spent()))
 
-    def context(self, report: Callable[[float, str], object]) -> Context:
-        return Context(
+    async def _with_resources(self, value: Awaitable[Any], limit: float) -> Any:
+        try:
+            await start_resources()
+        except BaseException:
+            if inspect.iscoroutine(value):
+                value.close()  # nobody will await it
+            raise
+        return await await_in_time(value, limit, self.spent())
+
+    def context(
+        self,
+        report: Callable[[float, str], object],
+        ask: Callable[[Any], Any],
+        ask_beside: Callable[[Any], Awaitable[Any]] | None = None,
+    ) -> Context:
+        """What the handler gets. ``ask`` answers a step and blocks, ``ask_beside`` is awaited where a loop runs."""
+
+        def emit(value: Any) -> None:
+            if self.hold.is_lost():
+                raise LeaseLost(self.attempt.key, "cancelled or taken over")
+            if self._emitter is None:
+                self._emitter = Emitter(self.core, self.attempt, self.hold.lose, ask, ask_beside)
+            self._emitter.emit(value)
+
+        self._context = Context(
             self.attempt.request,
             self.attempt.key,
             self.attempt.number,
@@ -350,7 +433,16 @@ class Execution:
             self.hold.is_lost,
             self.began + self.limit,
             self.worker,
+            emit=emit,
         )
+        return self._context
+
+    def flush(self, emitter: Emitter) -> None:
+        """Wait in this thread until what an async handler emitted has been sent."""
+        if self.loop is not None:
+            asyncio.run_coroutine_threadsafe(emitter.flush(), self.loop).result()
+        else:
+            event_loop().run(emitter.flush())
 
     def match(self) -> Match:
         """The route that takes the request. Raises NoHandler, InvalidRequest, ConfigError."""
@@ -461,7 +553,8 @@ class Execution:
         self.outcome = outcome
         if isinstance(error, LeaseLost):
             outcome, error = f"{outcome} ({error.state})", None
-        tell(self.core, self.attempt, self.worker, route, outcome, self.spent(), error)
+        is_found = self._context is not None and self._context.is_found
+        tell(self.core, self.attempt, self.worker, route, outcome, self.spent(), error, is_found=is_found)
 
 
 def tell(
@@ -472,8 +565,10 @@ def tell(
     outcome: str,
     ran: float,
     error: BaseException | None = None,
+    *,
+    is_found: bool = False,
 ) -> None:
-    """Log the one line of an attempt. ``record.rqarm`` has it in pieces."""
+    """Log the one line of an attempt. ``record.rqarm`` has it in pieces. ``is_found``: the route's look-up had it."""
     level = logging.INFO if error is None else logging.WARNING
     if not log.isEnabledFor(level):
         return
@@ -488,7 +583,9 @@ def tell(
         "run_s": round(ran, 4),
         "worker": worker,
     }
-    by = name or "no route"
+    if is_found:
+        told["by"] = "lookup"
+    by = f"lookup of {name}" if is_found else name or "no route"
     text = f"{attempt.key} {uri}: {outcome} by {by}, waited {attempt.waited:.3f} s, ran {ran:.3f} s"
     if error is not None:
         told["error"] = {"type": type(error).__name__, "message": str(error)[:300]}

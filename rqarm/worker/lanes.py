@@ -28,7 +28,7 @@ from rqarm.errors import LeaseLost, RqarmError
 from rqarm.handlers import Match
 from rqarm.worker import execution
 from rqarm.worker.board import Board
-from rqarm.worker.execution import Execution, Handle, Pause
+from rqarm.worker.execution import Execution, Flush, Handle, Pause
 from rqarm.worker.horse import LEAVING_A_JOB, Horse, Lane, Order, Waiting
 from rqarm.worker.limits import Interruptible, await_in_time
 
@@ -148,7 +148,7 @@ class ManyHorse(Horse):
 
     async def _serve(self, order: Order, waiting: Waiting) -> str:
         loop = asyncio.get_running_loop()
-        self._news, self._building, self._company = asyncio.Event(), asyncio.Lock(), Company()
+        self._news, self._company = asyncio.Event(), Company()
         loop.add_reader(self.parent.fileno(), self._listen)
         sleeper: asyncio.Task[None] | None = None
         reason = ""
@@ -356,6 +356,8 @@ class ManyHorse(Horse):
                     answer = await self._call(run, step.match, lane)
                 elif isinstance(step, Pause):
                     await asyncio.sleep(step.seconds)
+                elif isinstance(step, Flush):
+                    await step.emitter.flush()
                 else:
                     coupled = lane.couple(step)
                     answer = await self._pump.execute(coupled or step)
@@ -364,11 +366,10 @@ class ManyHorse(Horse):
                 failure = error
 
     async def _call(self, run: Execution, match: Match, lane: Lane) -> Any:
-        async with self._building:
-            await execution.start_resources()
+        await execution.start_resources()
         if run.hold.is_lost():
             raise LeaseLost(run.attempt.key, "cancelled or taken over")  # nobody could stop it yet
-        context = run.context(partial(self._report, run))
+        context = run.context(partial(self._report, run), self.manager.shell.execute, self._pump.execute)
         handling = asyncio.ensure_future(
             await_in_time(match.call(run.attempt.request, context), run.limit, run.spent())
         )
