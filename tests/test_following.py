@@ -14,7 +14,6 @@ from typing import Any
 import managers
 import pytest
 import redis
-import servers
 from click.testing import CliRunner
 from managers import PATIENCE
 from servers import eventually
@@ -274,12 +273,6 @@ def test_rqarm_follow_exits_as_result_does(rm: Any, url: str) -> None:
 
 
 # -- real workers
-
-
-@pytest.fixture(scope="module")
-def home() -> Iterator[embedded.PrivateServer]:
-    with servers.throwaway(servers.VALKEY or servers.REDIS) as server:
-        yield server
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import servers
 from commands import command
 from managers import PATIENCE
 from workers import TESTS, Crew, crew
@@ -24,12 +23,6 @@ ENGINES = [
     pytest.param("rq.worker.Worker", 1, id="rq"),
     pytest.param("rq.worker.SimpleWorker", 1, id="simple"),
 ]
-
-
-@pytest.fixture(scope="module")
-def home() -> Iterator[embedded.PrivateServer]:
-    with servers.throwaway(servers.VALKEY or servers.REDIS) as server:
-        yield server
 
 
 @pytest.fixture
