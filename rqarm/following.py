@@ -76,9 +76,9 @@ def pack_emission(value: Any) -> bytes:
     return packed
 
 
-def emit(core: Core, attempt: Attempt, number: int, value: Any) -> Flow[None]:
-    """Tell an intermediate response, the ``number``-th of the attempt. Raises LeaseLost, and what packing it raises."""
-    yield core.calls.emit(attempt, number, pack_emission(value))
+def emit(core: Core, attempt: Attempt, number: int, packed: bytes) -> Flow[None]:
+    """Tell an intermediate response, the ``number``-th of the attempt. Raises LeaseLost."""
+    yield core.calls.emit(attempt, number, packed)
 
 
 def follow(core: Core, request: BatchRequest | str, timeout: float | None) -> Flow[None]:

@@ -64,8 +64,9 @@ class Lease(_Held):
 
         Raises LeaseLost, UnpackableResult, EmissionTooLarge.
         """
+        packed = following.pack_emission(value)
         self._emitted += 1
-        self._shell.run(following.emit(self._core, self._attempt, self._emitted, value))
+        self._shell.run(following.emit(self._core, self._attempt, self._emitted, packed))
 
     def finish(self, value: Any, *, ttl: float | None = None, sticky: bool = False) -> None:
         """Store the result and wake the waiters. ``ttl`` in seconds counts when the request does not say.
@@ -143,8 +144,9 @@ class AsyncLease(_Held):
         await self._shell.run(flows.renew(self._core, self._attempt, progress))
 
     async def emit(self, value: Any) -> None:
+        packed = following.pack_emission(value)
         self._emitted += 1
-        await self._shell.run(following.emit(self._core, self._attempt, self._emitted, value))
+        await self._shell.run(following.emit(self._core, self._attempt, self._emitted, packed))
 
     async def finish(self, value: Any, *, ttl: float | None = None, sticky: bool = False) -> None:
         await self._shell.run(flows.finish(self._core, self._attempt, value, sticky=sticky, ttl=ttl))

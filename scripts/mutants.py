@@ -37,6 +37,13 @@ class Mutant:
 MUTANTS = [
     Mutant("complete-without-token", "lua/complete.lua", HELD, NOT_FENCED),
     Mutant("fail-without-token", "lua/fail.lua", HELD, NOT_FENCED),
+    Mutant("emit-without-token", "lua/emit.lua", HELD, NOT_FENCED),
+    Mutant("emit-twice-is-kept-twice", "lua/emit.lua", "if number < first + count then", "if false then"),
+    Mutant("emit-keeps-everything", "lua/emit.lua", "while count > 1 and", "while false and"),
+    Mutant("emit-with-a-gap", "lua/emit.lua", "count > 0 and number == first + count", "count > 0"),
+    Mutant("emit-wakes-nobody", "lua/emit.lua", "redis.call('PUBLISH', told_name(key), 'emit')\n", ""),
+    Mutant("emissions-of-a-dead-attempt", "lua/prelude.lua", "  withdraw_emissions(key)\n  replay", "  replay"),
+    Mutant("emissions-of-a-dead-claim", "lua/prelude.lua", "if not owner or owner ~= token then", "if not owner then"),
     Mutant("renew-without-token", "lua/renew.lua", HELD, NOT_FENCED),
     Mutant("retry-without-token", "lua/retry.lua", HELD, NOT_FENCED),
     Mutant("release-without-token", "lua/release.lua", HELD, NOT_FENCED),

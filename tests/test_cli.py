@@ -322,6 +322,40 @@ def test_a_bar_is_drawn_on_a_terminal_and_gone_at_the_end(rm: RequestManager, ur
     assert "a\\x1b[31mb\\x07\\u202ec" in shown.replace("\r", "")
 
 
+def test_wait_draws_how_far_they_are_on_a_terminal(rm: RequestManager, url: str) -> None:
+    for name in ("a", "b"):
+        rm.submit(BatchRequest(f"/{name}", key=name))
+    with on_terminal("wait", "a", url=url) as terminal:
+        terminal.read_until("number 1 in line")
+        lease = take(rm)
+        lease.renew(0.5, "50 of 100 rows\x1b[31m")
+        terminal.read_until("in progress [############------------] 50% 50 of 100 rows\\x1b[31m")
+        lease.finish(1)
+        terminal.read_until("a completed")
+        terminal.read_to_end()
+    assert terminal.code == 0
+    with on_terminal("wait", "a", "b", url=url) as terminal:
+        terminal.read_until("a completed")
+        terminal.read_until("[############------------] 50% of 2 have ended")
+        take(rm).fail("no")
+        terminal.read_until("b failed")
+        terminal.read_to_end()
+    assert terminal.code == 1
+    with on_terminal("wait", "a", "c", "--timeout", "0.7", url=url) as terminal:
+        terminal.read_until("c unknown")
+    rm.submit(BatchRequest("/d", key="d"))
+    with on_terminal("wait", "d", "--timeout", "0.7", url=url) as terminal:
+        terminal.read_until("number 1 in line")
+        assert "is still pending after 0.7 s" in terminal.read_to_end()
+    assert terminal.code == 3
+
+
+def test_status_shows_progress_with_its_message(rm: RequestManager, run: Run) -> None:
+    rm.submit(BatchRequest("/x", key="x"))
+    take(rm).renew(0.4, "40 of 100 rows")
+    assert "progress    40% 40 of 100 rows\n" in run("status", "x").stdout
+
+
 def test_a_failed_request_that_was_waited_for_is_told_in_one_line(run: Run, url: str) -> None:
     with worker(url, ValueError(HOSTILE)):
         result = run("submit", "/x", "--key", "x", "--wait")

@@ -61,6 +61,18 @@ def test_fakeredis_gets_the_scripts_without_flags() -> None:
     assert not [script.name for script in all_scripts() if script.plain_text.startswith("#!")]
 
 
+def test_emit_and_follow(rm: Any) -> None:
+    key = rm.submit(URI).key
+    lease = take(rm)
+    lease.emit({"n": 1})
+    lease.renew(0.5, "half")
+    lease.emit({"n": 2})
+    first = next(iter(rm.follow(key)))
+    assert (first.kind, first.value) == ("emitted", {"n": 1})
+    lease.finish("all")
+    assert [event.value for event in rm.follow(key)] == [{"n": 1}, {"n": 2}, "all"]
+
+
 def test_submit_join_run_and_hit(rm: Any) -> None:
     request = BatchRequest(URI, estimated_time=10)
     assert rm.submit(request).outcome is NEW

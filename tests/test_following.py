@@ -14,7 +14,6 @@ from typing import Any
 import managers
 import pytest
 import redis
-import servers
 from click.testing import CliRunner
 from managers import PATIENCE
 from servers import eventually
@@ -194,12 +193,14 @@ def test_who_has_missed_some_is_told_how_many(rm: Any, monkeypatch: pytest.Monke
 def test_what_cannot_be_emitted_is_refused_before_anything_is_sent(rm: Any) -> None:
     key = rm.submit("/x").key
     lease = take(rm)
+    lease.emit("before")
     with pytest.raises(UnpackableResult, match=r"\$\['rows'\]"):
         lease.emit({"rows": object()})
     with pytest.raises(EmissionTooLarge, match="1048576"):
         lease.emit("x" * (1 << 20))
+    lease.emit("after")
     lease.finish(1)
-    assert followed(rm, key) == [("result", 1)]
+    assert followed(rm, key) == [("emitted", "before"), ("emitted", "after"), ("result", 1)]
 
 
 def test_a_follower_that_goes_away_leaves_nothing_behind(rm: Any, redis_client: redis.Redis) -> None:
@@ -272,12 +273,6 @@ def test_rqarm_follow_exits_as_result_does(rm: Any, url: str) -> None:
 
 
 # -- real workers
-
-
-@pytest.fixture(scope="module")
-def home() -> Iterator[embedded.PrivateServer]:
-    with servers.throwaway(servers.VALKEY or servers.REDIS) as server:
-        yield server
 
 
 @pytest.fixture
