@@ -131,7 +131,8 @@ class Gathering:
 
 
 def gather(entries: Entries) -> Gathering:
-    """All entries at once."""
+    """All entries at once. Raises InvalidRequest for one request in place of many."""
+    check_entries(entries)
     gathering = Gathering()
     for entry in entries:
         gathering.add(entry)
@@ -143,6 +144,7 @@ def submit_many(core: Core, requests: Iterable[BatchRequest | str]) -> Flow[list
 
     Raises BulkError when some were not taken.
     """
+    check_entries(requests)
     gathering = gather(map(_without_payload, requests))
     for position, error in gathering.errors.items():
         if isinstance(error, InvalidRequest):
@@ -185,6 +187,12 @@ def check_chunk(chunk: int) -> None:
     """Raises InvalidRequest for a number of requests that no round trip carries."""
     if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= CHUNK:
         raise InvalidRequest(f"1 to {CHUNK:,} requests go in one round trip, not {chunk!r:.40}", where="chunk")
+
+
+def check_entries(entries: object) -> None:
+    """Raises InvalidRequest for one URI in place of many: each of its letters would be taken for a URI."""
+    if isinstance(entries, str | bytes | BatchRequest):
+        raise InvalidRequest(f"many are needed, such as a list, not one {type(entries).__name__}", where="requests")
 
 
 def _without_payload(request: BatchRequest | str) -> Entry:

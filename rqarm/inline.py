@@ -62,6 +62,9 @@ def get_or_submit(
 ) -> BulkResult[Lease]:
     """See RequestManager.bulk_get_or_submit."""
     _check(mitigation, compute)
+    for name, function in (("on_hits", on_hits), ("compute", compute)):
+        if inspect.iscoroutinefunction(function):
+            raise InvalidRequest("a coroutine function needs an AsyncRequestManager", where=name)
     gathering = bulk.gather(entries)
     groups = gathering.groups
     shell.run(bulk.get_or_submit(core, groups))
@@ -183,6 +186,9 @@ async def _async_kept(core: Core, shell: AsyncShell, groups: Sequence[Group]) ->
 def _check(mitigation: Mitigation | None, compute: Compute | None) -> None:
     if compute is not None and mitigation is None:
         raise InvalidRequest("mitigation is needed, to say which requests are computed here", where="compute")
+    if inspect.iscoroutinefunction(mitigation):
+        # what it returns is true for every request
+        raise InvalidRequest("it is asked without waiting: give a plain function", where="mitigation")
 
 
 def _chosen(groups: Sequence[Group], mitigation: Mitigation) -> list[Group]:
@@ -218,6 +224,7 @@ def submit_stream(
 ) -> Iterator[BatchStatus]:
     """See RequestManager.submit_stream."""
     bulk.check_chunk(chunk)
+    bulk.check_entries(entries)
     return shell.iterate(bulk.submit_stream(core, entries, chunk, on_error))
 
 
@@ -226,6 +233,7 @@ def async_submit_stream(
 ) -> AsyncIterator[BatchStatus]:
     """The same on an event loop, also of what comes asynchronously."""
     bulk.check_chunk(chunk)
+    bulk.check_entries(entries)
     if isinstance(entries, AsyncIterable):
         return _async_stream(core, shell, entries, chunk, on_error)
     return shell.iterate(bulk.submit_stream(core, entries, chunk, on_error))

@@ -56,6 +56,13 @@ MUTANTS = [
     ),
     Mutant("start-runs-what-runs", "lua/start.lua", "elseif state == 'pending' and", "elseif state ~= 'completed' and"),
     Mutant("start-forgets-its-exec", "lua/start.lua", "claim.exec == exec", "false"),
+    Mutant("start-leaves-its-own-ticket", "lua/start.lua", "if list ~= '' and", "if false and"),
+    Mutant(
+        "start-of-ones-own-starts-anew",
+        "lua/start.lua",
+        "claim.job_id == job_id and list == ''",
+        "claim.job_id == job_id",
+    ),
     Mutant("start-keeps-a-ttl", "lua/prelude.lua", "  redis.call('PERSIST', status)\n", ""),
     Mutant("no-crash-limit", "lua/crash.lua", "if crashes >= max_attempts then", "if false then"),
     Mutant("submit-without-crash-limit", "lua/submit.lua", "strikes + 1 >= max_attempts", "false"),

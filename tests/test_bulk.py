@@ -397,6 +397,27 @@ def test_compute_without_mitigation_is_refused_before_anything_is_sent(rm: Any) 
     assert rm.raw.dbsize() == 0
 
 
+def test_one_request_in_place_of_many_is_refused(rm: Any) -> None:
+    for one in ("/abc", BatchRequest("/abc")):
+        for ask in (rm.submit_many, rm.submit_stream, rm.bulk_get_or_submit):
+            with pytest.raises(InvalidRequest, match="requests: many are needed"):
+                ask(one)
+    assert rm.raw.dbsize() == 0
+
+
+def test_a_coroutine_function_that_nobody_would_await_is_refused(rm: Any) -> None:
+    async def function(request: Any) -> bool:
+        return False
+
+    with pytest.raises(InvalidRequest, match="mitigation: it is asked without waiting"):
+        rm.bulk_get_or_submit(["/a"], mitigation=function)
+    if isinstance(rm, RequestManager):
+        for options in ({"on_hits": function}, {"mitigation": lambda _: True, "compute": function}):
+            with pytest.raises(InvalidRequest, match="needs an AsyncRequestManager"):
+                rm.bulk_get_or_submit(["/a"], **options)
+    assert rm.raw.dbsize() == 0
+
+
 @pytest.fixture
 def threads() -> Iterator[managers.Threads]:
     with managers.threads() as started:

@@ -267,7 +267,7 @@ def test_the_blocks_that_are_marked_run(block: Block, url: str, redis_client: re
 
 def test_pages_that_show_the_manager_or_handlers_have_blocks_that_run() -> None:
     run = {block.page.name for block in BLOCKS if block.is_run}
-    assert run >= {"handlers.md", "keys.md", "results.md", "transitions.md", "uri.md"}
+    assert run >= {"bulk.md", "handlers.md", "keys.md", "results.md", "transitions.md", "uri.md"}
 
 
 # --- docker -----------------------------------------------------------------------------------------------------------

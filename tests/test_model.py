@@ -513,25 +513,31 @@ class Machine(RuleBasedStateMachine):
         return None
 
     @precondition(lambda self: any(self.tickets.values()))
-    @rule(data=st.data(), resend=st.booleans())
-    def start(self, data: st.DataObject, resend: bool) -> None:
-        """An RQ worker delivers a ticket: the right one, an old one, one twice."""
+    @rule(data=st.data(), resend=st.booleans(), is_own=st.booleans())
+    def start(self, data: st.DataObject, resend: bool, is_own: bool) -> None:
+        """An RQ worker delivers a ticket: any, old or twice. Or a client takes its own out of line."""
         uri = data.draw(st.sampled_from([uri for uri in URIS if self.tickets[uri]]))
         record = self.world.records.get(uri)
         tickets = self.tickets[uri][-6:]
         job_id = data.draw(st.sampled_from(tickets[::-1]))
         is_again = resend and record is not None and bool(record.execution)
         execution = record.execution if is_again and record is not None else secrets.token_hex(8)
-        answer = self.rig.ask(self.rig.start(self.key(uri), job_id, execution))
+        rank = record.priority if record is not None else 1
+        own_list = self.rig.jobs.lists("arm")[rank] if is_own else ""
+        answer = self.rig.ask(self.rig.start(self.key(uri), job_id, execution, own_list=own_list))
         if record is None:
             assert answer is State.UNKNOWN
         elif is_again and record.state == "in_progress":
             assert isinstance(answer, Attempt)
             assert int(answer.token) == record.token
-        elif record.state in ("pending", "failed") and record.job_id == job_id:
+        elif record.state in ("pending", "failed")[: 1 if is_own else 2] and record.job_id == job_id:
             assert isinstance(answer, Attempt)
             self.forgive(record)
             self.began(uri, record, execution, answer)
+            if is_own and job_id in (waiting := self.world.lists[rank]):
+                # only what stands in line: another's delivery is that one's to end
+                waiting.remove(job_id)
+                self.world.jobs.pop(job_id, None)
         else:
             assert answer == record.state
 
