@@ -622,7 +622,8 @@ class Calls:
                 runtimes=_counts(runtimes),
             )
 
-        return self._index_call("overview", self.keys.named("queues"), self.delivery.worker_sets("*"), parse)
+        argv = (self.settings.queue, *self.delivery.worker_sets("*"))
+        return self._index_call("overview", self.keys.named("queues"), argv, parse)
 
     def server_info(self) -> Command[dict[str, Any]]:
         """INFO: memory, statistics and errors of the whole server, as redis-py reads them."""
