@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from drive import Rig, server_ms
 from servers import eventually
 from workers import crew
 
-from rqarm import BatchRequest, InvalidRequest, LeaseLost, RequestUnknown, State, browse
+from rqarm import BatchRequest, InvalidRequest, LeaseLost, RequestManager, RequestUnknown, State, browse
 
 LIMIT = "/limited/{n}"
 
@@ -291,8 +292,6 @@ def test_a_result_is_described_and_not_read(rm: Any) -> None:
 
 
 def test_lost_pieces_of_a_result_are_counted(rm: Any, rig: Rig) -> None:
-    import os
-
     request = BatchRequest("/large")
     rm.cache.put(request, os.urandom(3_000_000))
     owner = rm.inspect(request.key).result.owner
@@ -426,8 +425,6 @@ def test_a_result_is_pinned_and_unpinned(rm: Any, rig: Rig) -> None:
 
 
 def test_the_pieces_of_a_result_live_as_long_as_it(rm: Any, rig: Rig) -> None:
-    import os
-
     request = BatchRequest("/large")
     rm.cache.put(request, os.urandom(2_500_000))
     for change in (rm.cache.pin, rm.cache.unpin, lambda key: rm.cache.set_ttl(key, 100)):
@@ -604,6 +601,26 @@ def test_a_live_worker_is_shown_with_what_it_runs_and_loses_what_is_released(url
         assert (ended.state, ended.attempts) == (State.COMPLETED, 1)
         rm.connection.set("rq:suspended", 1)
         assert rm.workers().suspended
+
+
+# -- the example
+
+
+def test_the_example_reports_what_is_there(rig: Rig, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    import operator_page
+
+    with RequestManager(url, allow_volatile=True) as manager:
+        manager.cache.put("/cities/FR?token=s3cr3t", b"1234")
+        rig.seed("mine", "/slow/1")
+        assert operator_page.report(manager, "cities") == [
+            "cache: 1 temporary, 0 sticky, 4 bytes",
+            "  100% /cities",
+            "running: 1, overdue: 0",
+            "  me: /slow/1",
+            "found for 'cities', looked at 2 of 2:",
+            "  completed /cities/FR?token=***",
+        ]
 
 
 # -- what it costs

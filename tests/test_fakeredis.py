@@ -201,3 +201,22 @@ def test_a_limit_parks_and_calls_up() -> None:
 
 def test_the_sweep_finds_a_lost_ticket(rm: Any) -> None:
     assert rm.queues.sweep() == 0
+
+
+def test_an_operator_sees_and_acts(rm: Any) -> None:
+    rm.cache.put(BatchRequest("/kept", tags=["red"]), 1)
+    rm.submit(BatchRequest(URI), payload={"to": "a"})
+    key = take(rm).key
+    assert [entry.uri for entry in rm.search().entries] == [URI, "/kept"]
+    assert [entry.uri for entry in rm.search("cit", route="/cities/{country}").entries] == [URI]
+    detail = rm.inspect(key)
+    assert (detail.payload_count, [event.verb for event in detail.timeline]) == (1, ["submit", "start"])
+    assert rm.claims().entries[0].status.key == key
+    assert rm.release(key)
+    assert rm.workers().entries == ()
+    overview = rm.cache.overview()
+    assert (overview.temporary, overview.sampled) == (1, 1)
+    assert rm.cache.pin(BatchRequest("/kept").key)
+    assert rm.cache.page(order="size").entries[0].expires is None
+    assert rm.cache.invalidate("red") == 1
+    assert rm.cache.clear(route="/kept") == 0
