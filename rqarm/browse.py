@@ -322,6 +322,9 @@ class RequestDetail(_Plain):
         def hide(text: str) -> str:
             return redact(text, secret_params)
 
+        def part(text: str) -> str:
+            return hide(text) if "?" in text else hide(f"?{text}")[1:]
+
         params = [[name, _hidden(name, value, secret_params)] for name, value in self.options.get("params", ())]
         return replace(
             self,
@@ -329,7 +332,7 @@ class RequestDetail(_Plain):
             request=None,
             original=hide(self.original),
             identity=hide(self.identity),
-            steps=tuple(replace(step, before=hide(step.before), after=hide(step.after)) for step in self.steps),
+            steps=tuple(replace(step, before=part(step.before), after=part(step.after)) for step in self.steps),
             options={**self.options, "params": params} if params else self.options,
             record={name: value for name, value in self.record.items() if name not in URI_FIELDS},
         )
@@ -365,7 +368,7 @@ def search(
     places = "-with_tag" if tag else PLACES[wanted]
     if _HASHED.fullmatch(text):
         places = ""  # nothing but itself begins with a whole key
-    found: _Found = yield _search_call(
+    found: _Found = yield search_call(
         core,
         places,
         exact=exact,
@@ -387,7 +390,7 @@ def cache_page(core: Core, order: str, cursor: str, limit: int) -> Flow[CachePag
     """A page of the cached results in one of ORDERS."""
     if order not in ORDERS:
         raise InvalidRequest(f"one of {', '.join(ORDERS)} is needed, not {ascii(order)[:60]}", where="order")
-    found: _Found = yield _search_call(core, ORDERS[order], cursor=cursor, limit=limit)
+    found: _Found = yield search_call(core, ORDERS[order], cursor=cursor, limit=limit)
     return CachePage(found.entries, found.cursor, found.total)
 
 
@@ -399,7 +402,7 @@ class _Found:
     total: int
 
 
-def _search_call(
+def search_call(
     core: Core,
     places: str,
     *,
@@ -410,8 +413,9 @@ def _search_call(
     route: str = "",
     texts: Sequence[str] = (),
     cursor: str = "",
-    limit: int,
+    limit: int = 50,
 ) -> Call[_Found]:
+    """A page of the indexes that PLACES names, as search.lua filters it."""
     if not 1 <= limit <= LONGEST_PAGE:
         raise InvalidRequest(f"from 1 to {LONGEST_PAGE} entries are allowed, not {limit}", where="limit")
     if cursor and not _CURSOR.fullmatch(cursor):
@@ -427,7 +431,7 @@ def _search_call(
         state,
         queue,
         tag,
-        *_route(route),
+        *on_route(route),
         json.dumps(list(texts)),
         cursor,
         limit,
@@ -461,7 +465,7 @@ def _shows(core: Core, entry: BatchStatus, text: str) -> bool:
     return entry.key.startswith(text) or any(form in shown for form in _texts(text))
 
 
-def _route(route: str) -> tuple[str, str]:
+def on_route(route: str) -> tuple[str, str]:
     """A route for the scripts: itself, and the Lua pattern of the beginning of a URI on it.
 
     It is an operation, or host and path as they begin: whole segments, ``{name}`` is any one of them, ``{name:path}``
@@ -489,7 +493,7 @@ def inspect(core: Core, key: str, *, values: bool = False) -> Flow[RequestDetail
     detail: RequestDetail
     located: BatchStatus
     detail, located, listeners = yield Batch(
-        (_inspect_call(core, name, values), core.calls.locate(name, core.settings.queue), _listeners(core, name))
+        (inspect_call(core, name, values), core.calls.locate(name, core.settings.queue), _listeners(core, name))
     )
     if located.state is State.PENDING and located.queue != core.settings.queue:
         located = yield core.calls.locate(name, located.queue)
@@ -511,7 +515,9 @@ def _flat(reply: Any) -> list[Any]:
     return [part for each in reply for part in (each if isinstance(each, list | tuple) else (each,))]
 
 
-def _inspect_call(core: Core, key: Key, values: bool) -> Call[RequestDetail]:
+def inspect_call(core: Core, key: Key, values: bool = False) -> Call[RequestDetail]:
+    """The look itself; position, eta and listeners are not in it."""
+
     def parse(reply: Any) -> RequestDetail:
         word, now_ms, events, *rest = read_words("inspect", reply)
         timeline = tuple(
@@ -651,8 +657,14 @@ def _payload(row: Sequence[Any], values: bool) -> PayloadView:
 # -- the cache
 
 
-def cache_overview(core: Core, sample: int, largest: int = 10) -> Flow[CacheOverview]:
+def cache_overview(core: Core, sample: int) -> Flow[CacheOverview]:
     """The cache in numbers, from one look; ``sample`` entries are read for what the indexes do not know."""
+    answer: CacheOverview = yield survey_call(core, sample)
+    return answer
+
+
+def survey_call(core: Core, sample: int, largest: int = 10) -> Call[CacheOverview]:
+    """The look itself; with the ``largest`` entries."""
     if not 1 <= sample <= 2_000:
         raise InvalidRequest(f"from 1 to 2,000 entries are allowed, not {sample}", where="sample")
 
@@ -661,8 +673,7 @@ def cache_overview(core: Core, sample: int, largest: int = 10) -> Flow[CacheOver
         return _overview(int(now_ms), int(temporary), int(sticky), int(size), counts, rows(top, 4), rows(sampled, 4))
 
     argv = (sample, largest, json.dumps([ms(upto) for upto in RANGES_S]))
-    answer: CacheOverview = yield _call(core, "survey", core.keys.named("results"), argv, parse)
-    return answer
+    return _call(core, "survey", core.keys.named("results"), argv, parse)
 
 
 def _overview(
@@ -719,18 +730,22 @@ def _cache_entry(row: Sequence[Any]) -> CacheEntry:
 
 def retain(core: Core, key: str, ttl: float | None) -> Flow[bool]:
     """Keep a result for ``ttl`` seconds from now on; None = for good. False: there is no result to keep."""
-    name = check_key(key)
-    argv = (name, ms(_seconds(ttl, "ttl")) if ttl is not None else 0)
-    word: str = yield _call(core, "retain", core.keys.status(name), argv, lambda reply: read_words("retain", reply)[0])
+    word: str = yield retain_call(core, check_key(key), None if ttl is None else _seconds(ttl, "ttl"))
     if word == "unknown":
-        raise RequestUnknown(name)
+        raise RequestUnknown(key)
     return word == "retained"
+
+
+def retain_call(core: Core, key: Key, ttl: float | None) -> Call[str]:
+    """``retained`` | ``no_result`` | ``unknown``."""
+    argv = (key, 0 if ttl is None else ms(ttl))
+    return _call(core, "retain", core.keys.status(key), argv, lambda reply: str(read_words("retain", reply)[0]))
 
 
 def clear(core: Core, route: str | None, older_than: float | None, *, temporary_only: bool) -> Flow[int]:
     """Forget the cached results that pass, step by step; how many."""
     age_ms = ms(_seconds(older_than, "older_than")) if older_than is not None else 0
-    named, pattern = _route(route or "")
+    named, pattern = on_route(route or "")
     cleared, cursor = 0, ""
     while True:
         step: tuple[int, int, str] = yield core.calls.clear(
@@ -746,21 +761,25 @@ def invalidate(core: Core, tags: str | Iterable[str]) -> Flow[int]:
     """Forget the cached results that carry one of the tags, step by step; how many."""
     cleared = 0
     for tag in [tags] if isinstance(tags, str) else list(tags):
-        index, before = core.keys.named("tag", tag=_tag(tag)), ""
+        cursor = ""
         while True:
-            step: tuple[int, int, str] = yield _call(
-                core, "invalidate", index, (tag, before, INVALIDATE_STEP), _invalidated
-            )
-            dropped, looked_at, before = step
+            step: tuple[int, int, str] = yield invalidate_call(core, tag, cursor)
+            dropped, looked_at, cursor = step
             cleared += dropped
             if not looked_at:
                 break
     return cleared
 
 
+def invalidate_call(core: Core, tag: str, cursor: str = "") -> Call[tuple[int, int, str]]:
+    """One step: (forgotten, looked at, cursor). Go on from the cursor while the second is not 0."""
+    index = core.keys.named("tag", tag=_tag(tag))
+    return _call(core, "invalidate", index, (tag, INVALIDATE_STEP, cursor), _invalidated)
+
+
 def _invalidated(reply: Any) -> tuple[int, int, str]:
-    _, dropped, looked_at, before = read_words("invalidate", reply)
-    return int(dropped), int(looked_at), text_of(before)
+    _, dropped, looked_at, cursor = read_words("invalidate", reply)
+    return int(dropped), int(looked_at), text_of(cursor)
 
 
 def _tag(tag: object) -> str:
@@ -781,11 +800,13 @@ def claims(core: Core, offset: int, limit: int) -> Flow[ClaimPage]:
     """A page of what runs, the first to lapse first."""
     if not 1 <= limit <= LONGEST_PAGE or offset < 0:
         raise InvalidRequest(f"from 1 to {LONGEST_PAGE} entries from 0 on are allowed", where="limit")
-    page: ClaimPage = yield _claims_call(core, offset, limit)
+    page: ClaimPage = yield claims_call(core, offset, limit)
     return page
 
 
-def _claims_call(core: Core, offset: int, limit: int) -> Call[ClaimPage]:
+def claims_call(core: Core, offset: int = 0, limit: int = 50) -> Call[ClaimPage]:
+    """The look itself."""
+
     def parse(reply: Any) -> ClaimPage:
         _, now_ms, total, overdue, limits, *found = read_words("claims", reply)
         is_last = offset + limit >= int(total)
@@ -860,7 +881,7 @@ def workers(core: Core) -> Flow[WorkersView]:
             core.calls.queues(),
             Command(("EXISTS", core.jobs.suspended), bool),
             Command(("TIME",), lambda reply: int(reply[0]) + int(reply[1]) / 1e6),
-            _claims_call(core, 0, MOST_CLAIMS),
+            claims_call(core, 0, MOST_CLAIMS),
         )
     )
     if not listed:

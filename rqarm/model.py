@@ -74,6 +74,7 @@ TRANSITIONS: dict[str, dict[State, State]] = {
     "revive": {State.PENDING: State.PENDING},
     "crash": {State.IN_PROGRESS: State.PENDING},
     "cancel": {State.PENDING: State.CANCELLED, State.IN_PROGRESS: State.CANCELLED},
+    "retain": {State.COMPLETED: State.COMPLETED},
     "forget": {
         State.COMPLETED: State.UNKNOWN,
         State.FAILED: State.UNKNOWN,

@@ -57,6 +57,7 @@ class _Audit:
         self._quarantine()
         self._tickets()
         self._limits()
+        self._views()
         return self.found
 
     def _check(self, holds: Any, claim: str) -> None:
@@ -164,6 +165,18 @@ class _Audit:
             self._check(not marked or record.get("state") == "failed", f"{key} is marked as quarantined")
         for key in aside:
             self._check(self._expiry("status", key=key) == -1, f"{key} is quarantined and expires")
+
+    def _views(self) -> None:
+        """The indexes that only views and invalidations read hold all that they must; they may hold more."""
+        failures = self._zset("failures")
+        for key, record in self._in_state("failed", "cancelled").items():
+            listed = key in failures or record.get("quarantined") == "1"
+            self._check(listed, f"{key} is {record['state']} and not among the failures")
+        for key, record in self.records.items():
+            tags = record.get("tags", "")
+            self._check(not tags or key + tags in self._zset("tagged"), f"{key} is not among those with tags")
+            for tag in tags.split("\n")[1:-1]:
+                self._check(key in self._zset("tag", tag=tag), f"{key} has tag {tag} and is not in its index")
 
     def _limits(self) -> None:
         """Each limit's places and those who wait for one; nobody waits while there is room."""

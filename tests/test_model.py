@@ -79,6 +79,7 @@ class Record:
     quarantined: bool = False
     negative: bool = False
     has_result: bool = False
+    retained: bool = False  # its life counts from another moment than its end
     life_ms: int = 0
     moved_by: str = ""
     aside_by: str = ""
@@ -132,6 +133,7 @@ REACHED = {
     ("cancel", "cancelled ended unknown"),
     ("forget", "forgotten in_flight unknown"),
     ("put", "stored"),
+    ("retain", "retained no_result unknown"),
 }
 
 
@@ -369,7 +371,7 @@ class Machine(RuleBasedStateMachine):
         wanted = self.submitted(uri, record, request, 24, ticket.job_id, "", again=False)
         assert self.rig.word(self.rig.submit(request, ticket)) == wanted
 
-    @rule(uri=uris, data=st.data(), what=st.sampled_from(["cancel", "forget", "put", "clear"]))
+    @rule(uri=uris, data=st.data(), what=st.sampled_from(["cancel", "forget", "put", "clear", "retain", "take_away"]))
     def manage(self, uri: str, data: st.DataObject, what: str) -> None:
         getattr(self, what)(uri, data)
 
@@ -406,7 +408,7 @@ class Machine(RuleBasedStateMachine):
 
     def stored(self, uri: str, record: Record, sticky: bool, life_ms: int) -> None:
         self.landed(record, "completed")
-        record.has_result, record.sticky, record.life_ms = True, sticky, life_ms
+        record.has_result, record.sticky, record.life_ms, record.retained = True, sticky, life_ms, False
         record.quarantined = record.negative = False
         self.world.payloads.pop(uri, None)
 
@@ -420,6 +422,28 @@ class Machine(RuleBasedStateMachine):
         assert self.rig.run(browse.clear(self.rig.core, None, None, temporary_only=temporary_only)) == len(gone)
         for uri in gone:
             del self.world.records[uri]
+
+    def retain(self, uri: str, data: st.DataObject) -> None:
+        ttl = data.draw(st.sampled_from([None, 3600.0, 7200.0]))
+        record = self.world.records.get(uri)
+        holds = record is not None and record.state == "completed" and record.has_result
+        wanted = "unknown" if record is None else "retained" if holds else "no_result"
+        assert self.rig.word(browse.retain_call(self.rig.core, self.key(uri), ttl)) == wanted
+        if record is not None and holds:
+            record.sticky, record.retained = ttl is None, True
+
+    def take_away(self, uri: str, data: st.DataObject) -> None:
+        """An operator releases what runs; its holder learns of it at the next renewal."""
+        record = self.world.records.get(uri)
+        if record is None:
+            return
+        runs = record.state == "in_progress"
+        assert self.rig.run(browse.release(self.rig.core, self.key(uri))) == runs
+        if runs:
+            job_id = self.stored_job(uri)
+            self.back_in_line(record, job_id)
+            record.attempts -= 1
+            self.push(uri, job_id, record.priority, front=True)
 
     # -- attempts
 
@@ -728,7 +752,7 @@ class Machine(RuleBasedStateMachine):
             assert int(stored["fallback_ttl_ms"]) == record.fallback_ms
         if record.in_flight or record.has_result:
             assert stored["sticky"] == str(int(record.sticky))
-        if record.has_result and not record.sticky:
+        if record.has_result and not record.sticky and not record.retained:
             expires = self.client.pexpiretime(self.rig.named("result", key=self.key(uri)))
             assert expires - int(stored["ended_ms"]) == record.life_ms
         assert self.client.exists(self.rig.named("result", key=self.key(uri))) == int(record.has_result)

@@ -30,7 +30,7 @@ from rqarm.model import TRANSITIONS, Key, Outcome, Priority, State, Token
 from rqarm.request import BatchRequest
 from rqarm.scripts import all_scripts, script
 
-REQUEST = BatchRequest("/slow?x=1", key="slow")
+REQUEST = BatchRequest("/slow?x=1", key="slow", tags=["red"])
 #: same readable key, another request
 IMPOSTOR = BatchRequest("/other", key="slow")
 
@@ -81,6 +81,14 @@ clear all           cleared     cleared     cleared     cleared     cleared     
 clear temporary     cleared     cleared     cleared     cleared     cleared     cleared
 stats -             stats       stats       stats       stats       stats       stats
 overview -          overview    overview    overview    overview    overview    overview
+search any          page        page        page        page        page        page
+claims -            page        page        page        page        page        page
+inspect -           unknown     found       found       found       found       found
+survey -            survey      survey      survey      survey      survey      survey
+retain sticky       unknown     no_result   no_result   no_result   no_result   no_result
+invalidate red      invalidated  invalidated  invalidated  invalidated  invalidated  invalidated
+clear route         cleared     cleared     cleared     cleared     cleared     cleared
+clear old           cleared     cleared     cleared     cleared     cleared     cleared
 """, """
                     completed   sticky      evicted     failed      negative    quarantined cancelled
 submit new          hit         hit         new*        new*        negative    negative    new*
@@ -127,6 +135,14 @@ clear all           cleared*    cleared*    cleared*    cleared     cleared     
 clear temporary     cleared*    cleared     cleared*    cleared     cleared     cleared     cleared
 stats -             stats       stats       stats       stats       stats       stats       stats
 overview -          overview    overview    overview    overview    overview    overview    overview
+search any          page        page        page        page        page        page        page
+claims -            page        page        page        page        page        page        page
+inspect -           found       found       found       found       found       found       found
+survey -            survey      survey      survey      survey      survey      survey      survey
+retain sticky       retained*   retained    no_result   no_result   no_result   no_result   no_result
+invalidate red      invalidated* invalidated* invalidated* invalidated  invalidated  invalidated  invalidated
+clear route         cleared*    cleared*    cleared*    cleared     cleared     cleared     cleared
+clear old           cleared     cleared     cleared     cleared     cleared     cleared     cleared
 """, """
                     placed      full        called      parked
 submit new          joined      joined      joined      joined
@@ -173,6 +189,14 @@ clear all           cleared     cleared     cleared     cleared
 clear temporary     cleared     cleared     cleared     cleared
 stats -             stats       stats       stats       stats
 overview -          overview    overview    overview    overview
+search any          page        page        page        page
+claims -            page        page        page        page
+inspect -           found       found       found       found
+survey -            survey      survey      survey      survey
+retain sticky       no_result   no_result   no_result   no_result
+invalidate red      invalidated  invalidated  invalidated  invalidated
+clear route         cleared     cleared     cleared     cleared
+clear old           cleared     cleared     cleared     cleared
 """)
 # fmt: on
 
@@ -257,11 +281,25 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
         case "sweep", _:
             return rig.calls.sweep("arm")
         case "clear", _:
-            return rig.calls.clear(temporary_only=variant == "temporary")
+            named, pattern = browse.on_route("/slow" if variant == "route" else "")
+            age_ms = 3_600_000 if variant == "old" else 0
+            return rig.calls.clear(temporary_only=variant == "temporary", route=named, pattern=pattern, age_ms=age_ms)
         case "overview", _:
             return rig.calls.overview()
         case "stats", _:
             return rig.calls.stats()
+        case "search", _:
+            return browse.search_call(rig.core, browse.PLACES[""])
+        case "claims", _:
+            return browse.claims_call(rig.core)
+        case "inspect", _:
+            return browse.inspect_call(rig.core, key)
+        case "survey", _:
+            return browse.survey_call(rig.core, 100)
+        case "retain", _:
+            return browse.retain_call(rig.core, key, None)
+        case "invalidate", _:
+            return browse.invalidate_call(rig.core, "red")
     simple: dict[str, Call[Any]] = {"cancel": rig.calls.cancel(key), "forget": rig.calls.forget(key)}
     return simple[verb]
 
@@ -314,7 +352,7 @@ MOVES: dict[str, dict[State, set[State]]] = {
 MOVES["submit"][State.IN_PROGRESS] = {State.PENDING, State.FAILED}
 MOVES["crash"][State.IN_PROGRESS] = {State.PENDING, State.FAILED}
 MOVES["put"] = {state: {State.COMPLETED} for state in State}
-MOVES["clear"] = {State.COMPLETED: {State.UNKNOWN}}
+MOVES["clear"] = MOVES["invalidate"] = {State.COMPLETED: {State.UNKNOWN}}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Live pages: one thread looks at the server, however many browsers watch, and only while one does.
 
-A look is one round trip: the overview, and the events since the last look. Each browser's stream takes what concerns its
+A look is two round trips: the overview, and the events since the last look. Each browser's stream takes what concerns its
 page: the overview page itself, or the word that something has changed, upon which the browser asks for its page again.
 """
 
@@ -44,12 +44,12 @@ class Look:
     trouble: str = ""
 
 
-def look(core: Core, after: str) -> Flow[tuple[Any, list[tuple[str, dict[str, str]]], str]]:
-    """The overview, the events behind the id ``after``, and the newest id. One round trip."""
+def news(core: Core, after: str) -> Flow[tuple[list[tuple[str, dict[str, str]]], str]]:
+    """The events behind the id ``after``, and the newest id. One round trip."""
     calls = core.calls
-    steps: tuple[Any, ...] = (calls.overview(), calls.events(after, limit=MOST_EVENTS), calls.newest_event())
-    overview, events, newest = yield Batch(steps)
-    return overview, events, newest
+    steps: tuple[Any, ...] = (calls.events(after, limit=MOST_EVENTS), calls.newest_event())
+    events, newest = yield Batch(steps)
+    return events, newest
 
 
 class Poller:
@@ -128,8 +128,9 @@ class Poller:
     def _look(self, after: str) -> tuple[Look, str]:
         number = self._number + 1
         try:
-            # nothing was seen before the first look: its events do not count
-            overview, events, newest = self._manager.shell.run(look(self._manager.core, after or "+"))
+            overview = self._manager.overview()
+            # nothing was seen before the first look: there are no events behind "+"
+            events, newest = self._manager.shell.run(news(self._manager.core, after or "+"))
         except (redis.RedisError, RqarmError) as error:
             log.warning("the dashboard cannot look at the server: %s", error)
             return Look(number, trouble="the server does not answer"), after

@@ -1,25 +1,24 @@
 -- invalidate: forget cached results that carry a tag, in bounded steps. What is in flight or has failed stays.
 --
 -- FLAGS allow-oom
--- KEYS index   zset  key by the time it was looked at last, us
+-- KEYS index   zset  key by the time it got the tag, us
 -- ARGV prefix  str   of every key of ours
 -- ARGV tag     str   the tag
--- ARGV before  str   the first step's answer, for the steps that follow; '' = the first
 -- ARGV limit   int   entries of one step
+-- ARGV cursor  str   the step before's answer; '' = from the start
 --
--- Returns {'invalidated', n, looked_at, before}
+-- Returns {'invalidated', n, looked_at, cursor}
+-- Returns also: cursor is the last one that was left where it is, with its score.
 
 local index = KEYS[1]
-local tag, before, limit = ARGV[2], ARGV[3], ARGV[4]
+local tag, limit, cursor = ARGV[2], tonumber(ARGV[3]), ARGV[4]
 
-if before == '' then before = int(now_us) end
--- What stays is looked at once in a walk: it gets a score behind the time at which the walk began, also when the clock was
--- set back since.
-local behind = int(math.max(now_us, tonumber(before) + 1))
+local score, member = string.match(cursor, '^(%S+) (%S+)$')
+local rank = score and rank_behind(index, score, member, false) or 0
+local rows = redis.call('ZRANGE', index, int(rank), int(rank + limit - 1), 'WITHSCORES')
 
-local keys = redis.call('ZRANGEBYSCORE', index, '-inf', before, 'LIMIT', 0, limit)
 local dropped = 0
-for _, key in ipairs(keys) do
+for key, its_score in pairs_of(rows) do
   local fields = look_at(key, 'state', 'tags')
   if not has_tag(fields.tags, tag) then
     redis.call('ZREM', index, key)
@@ -30,7 +29,7 @@ for _, key in ipairs(keys) do
     event('forget', key, 'unknown')
     dropped = dropped + 1
   else
-    redis.call('ZADD', index, behind, key)
+    cursor = its_score .. ' ' .. key
   end
 end
-return {'invalidated', dropped, #keys, before}
+return {'invalidated', dropped, #rows / 2, cursor}

@@ -80,7 +80,8 @@ for word in string.gmatch(places, '%S+') do
   end
 end
 
-local page, looked_at, found = {'page', '', 0, total}, 0, 0
+local page = {'page', '', 0, total}
+local looked_at, found = 0, 0
 local function give(key)
   local n = #page
   page[n + 1], page[n + 2] = key, answer_fields(key)
