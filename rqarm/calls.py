@@ -583,7 +583,8 @@ class Calls:
                 runtimes=_counts(runtimes),
             )
 
-        return self._index_call("overview", self.keys.named("queues"), self.delivery.worker_sets("*"), parse)
+        argv = (self.settings.queue, *self.delivery.worker_sets("*"))
+        return self._index_call("overview", self.keys.named("queues"), argv, parse)
 
     def server_info(self) -> Command[dict[str, Any]]:
         """INFO: memory, statistics and errors of the whole server, as redis-py reads them."""
@@ -855,7 +856,7 @@ def _counts(flat: list[Any]) -> dict[str, int]:
 
 def _outcomes(flat: list[Any]) -> dict[str, int]:
     """The counters that are plain words; beside them stand those of ``tally``, whose names have a colon or a number."""
-    return {name: int(n) for name, n in _texts(flat).items() if name.replace("_", "").isalpha()}
+    return {name: int(n) for name, n in _texts(flat).items() if name.replace("_", "").isalpha() and n.isdigit()}
 
 
 def _texts(flat: list[Any]) -> dict[str, str]:

@@ -2,9 +2,9 @@
 
 One round trip, whatever the number of queues, requests or results; it only reads. How it is shown is others' affair.
 
-``Overview``: at, version, namespace, server, states, submissions, executions, refusals, removals, sweeps, hit_rate, hit_rate_hour,
-    saved, minutes, queues, workers, cache, hot, routes, histograms, overdue, overdue_seconds, waiters,
-    attention
+``Overview``: at, version, namespace, server, states, submissions, executions, refusals, removals, sweeps,
+    hit_rate, hit_rate_hour, saved, minutes, queues, workers, cache, hot, routes, histograms, overdue, overdue_seconds,
+    waiters, attention
 ``server`` (``Server``, None when INFO is refused): name, version, used_memory, max_memory, memory_ratio, policy,
     evicted_keys, expired_keys, script_errors, clients, uptime
 ``states``: pending, in_progress, completed, quarantined; and of the pending: parked, called
@@ -340,16 +340,21 @@ def _overview(core: Core, census: Census, server: Server | None, waiters: int | 
 # -- counters
 
 
-_WORD = re.compile("[a-z_]+")
+_WORD, _NUMBER = re.compile("[a-z_]+"), re.compile("-?[0-9]+")
 
 
 def words(family: Mapping[str, str]) -> dict[str, int]:
     """The counters of a family that are plain words: the outcomes."""
-    return {name: int(value) for name, value in sorted(family.items()) if _WORD.fullmatch(name)}
+    return {name: _number(value) for name, value in sorted(family.items()) if _WORD.fullmatch(name)}
+
+
+def _number(text: str) -> int:
+    """0 for what somebody else wrote there."""
+    return int(text) if _NUMBER.fullmatch(text) else 0
 
 
 def _int(family: Mapping[str, str], field: str) -> int:
-    return int(family.get(field, 0))
+    return _number(family.get(field, "0"))
 
 
 def _ring(family: Mapping[str, str], now: int) -> dict[int, Counter[str]]:
@@ -359,8 +364,8 @@ def _ring(family: Mapping[str, str], now: int) -> dict[int, Counter[str]]:
         slot, _, word = field.partition(":")
         if slot[:1] == "m" and slot[1:].isdigit():
             minute, _, count = value.partition(" ")
-            if int(minute) in series:
-                series[int(minute)][word] += int(count)
+            if _number(minute) in series:
+                series[_number(minute)][word] += _number(count)
     return series
 
 
@@ -382,7 +387,7 @@ def _histograms(family: Mapping[str, str], kind: str, bounds: tuple[int, ...], s
         name, _, rest = field.partition(":")
         bound, _, queue = rest.partition(":")
         if name == kind:
-            found.setdefault(queue, {})[bound] = int(value)
+            found.setdefault(queue, {})[bound] = _number(value)
     return {
         queue: Histogram(
             bounds=tuple(bound / scale for bound in bounds),
@@ -424,9 +429,9 @@ def _routes(
         if mark != "r":
             continue
         if family == "submissions":
-            by_route.setdefault(route, {})[word] = int(value)
+            by_route.setdefault(route, {})[word] = _number(value)
         elif word == "completed":
-            completed[route] += int(value)
+            completed[route] += _number(value)
     return tuple(
         RouteLine(
             name,

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "key": ("rqarm.cli.requests:key", "Print the key of a request; it needs no server."),
     "cache": ("rqarm.cli.cache:cache", "Look at cached results, and clear them."),
     "stats": ("rqarm.cli.cache:stats", "Print counters and sizes of the namespace."),
+    "top": ("rqarm.cli.top:top", "Watch queues, hit rate, cache and failures."),
     "worker": ("rqarm.cli.worker:worker", "Run requests: an RQ worker with your handlers."),
     "dashboard": ("rqarm.cli.dashboard:dashboard", "Serve the dashboard: queues, requests, cache, claims, quarantine, workers."),
     "sweep": ("rqarm.cli.requests:sweep", "Set going again what died in a queue without a word."),

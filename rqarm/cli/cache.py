@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from rqarm import metrics
 from rqarm.cli.common import (
     Target,
     as_json,
@@ -90,12 +91,18 @@ def clear(target: Target, temporary: bool, yes: bool) -> None:
 @click.command()
 @on_server
 @as_json
-def stats(target: Target, is_json: bool) -> None:
+@click.option("--prometheus", is_flag=True, help="Print all metrics in the text format of Prometheus.")
+def stats(target: Target, is_json: bool, prometheus: bool) -> None:
     """Print counters and sizes of the namespace.
 
     Submissions by outcome and executions by end since the namespace began; what waits, runs and is cached now.
     """
+    if prometheus and is_json:
+        raise click.UsageError("--prometheus and --json are two formats: choose one")
     with target.manager() as rm:
+        if prometheus:
+            click.echo(metrics.render(rm.overview()), nl=False)
+            return
         numbers = rm.cache.stats()
     if is_json:
         print_json(numbers.to_dict())

@@ -44,6 +44,7 @@ class Options:
     scheduler: bool
     functions: tuple[str, ...]
     any_rq_job: bool
+    metrics_port: int | None
     log_format: str
     verbose: int
     supervisor: int | None
@@ -112,6 +113,12 @@ class Options:
     "--allow-any-rq-job", "any_rq_job", is_flag=True, help="Run whatever is in the queue, unpickling it, as RQ does."
 )
 @click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65_535),
+    metavar="PORT",
+    help="Answer Prometheus at http://127.0.0.1:PORT/metrics; 0: any free port.",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
     default="text",
@@ -151,7 +158,8 @@ def _supervise(ctx: click.Context, target: Target, options: Options, count: int)
         os.environ["RQARM_NAMESPACE"] = target.namespace
     # -m puts the working directory in front of everything, which the entry point does not
     isolated = [] if os.getcwd() in sys.path or "" in sys.path else ["-P"]
-    again = arguments(ctx, without=("workers", "name", "names"))
+    _serve_metrics(target, options)
+    again = arguments(ctx, without=("workers", "name", "names", "metrics_port"))
     command = [sys.executable, *isolated, "-m", "rqarm.cli", "worker", *again]
     queues = [argument for name in options.names for argument in ("--queue", name)]
     ends = options.burst or options.max_jobs is not None
@@ -204,6 +212,7 @@ def _work(target: Target, options: Options) -> None:
             running = Worker(listened, name=options.name, connection=client, **allowed)
             log.info("%s listens on %s at %s", running.name, ", ".join(listened), connect.redact_url(url))
             log.info("%d handlers: %s", len(handlers.routes), ", ".join(route.name for route in handlers.routes))
+            _serve_metrics(target, options)
             report_ready(options.ready)
             running.work(
                 burst=options.burst,
@@ -216,6 +225,17 @@ def _work(target: Target, options: Options) -> None:
             if "active worker" not in str(error):
                 raise
             raise ConfigError(f"--name: {error}") from error
+
+
+def _serve_metrics(target: Target, options: Options) -> None:
+    """In the process that the caller has started: the supervisor, or the only worker."""
+    if options.metrics_port is None:
+        return
+    from rqarm.worker import scrape
+
+    # they show what is there, whether or not it would survive a restart
+    manager = RequestManager(target.url, namespace=target.namespace, allow_volatile=True)
+    scrape.serve(options.metrics_port, manager.overview)
 
 
 def _check(url: str, settings: Settings) -> None:

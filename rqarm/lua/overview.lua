@@ -5,6 +5,7 @@
 --
 -- KEYS queues   set  logical queues that were ever used
 -- ARGV prefix   str  of every key of ours
+-- ARGV queue    str  the caller's own, shown when it has workers although nobody has used it
 -- ARGV workers  str  names of the sets of RQ's workers, with * for the queue, to the end
 --
 -- Returns {'overview', now_ms, families, lines, workers, numbers, hot, runtimes}
@@ -13,7 +14,7 @@
 -- ...; runtimes family, ms, ...
 
 local queues = KEYS[1]
-local workers = {unpack(ARGV, 2)}
+local queue, workers = ARGV[2], {unpack(ARGV, 3)}
 
 local LOOKED_AT, HOTTEST, MOST_QUEUES = 1000, 20, 200
 
@@ -48,46 +49,47 @@ local function look_at_worker(name)
   return alive[name]
 end
 
-local function workers_of(queue)
+local function workers_of(name)
   local live, seen = 0, {}
   for _, pattern in ipairs(workers) do
-    local set = string.gsub(pattern, '%*', function() return queue end)
-    for _, name in ipairs(redis.call('SMEMBERS', set)) do
-      if not seen[name] and look_at_worker(name) then live = live + 1 end
-      seen[name] = true
+    local set = string.gsub(pattern, '%*', function() return name end)
+    for _, worker in ipairs(redis.call('SMEMBERS', set)) do
+      if not seen[worker] and look_at_worker(worker) then live = live + 1 end
+      seen[worker] = true
     end
   end
   return live
 end
 
 -- The first of each priority has waited longest in it: a ticket is a time.
-local function oldest_ms(queue)
+local function oldest_ms(name)
   local oldest = -1
   for rank = 0, 2 do
-    local first = redis.call('ZRANGEBYSCORE', pending_name(queue), int(rank * STRIDE), '(' .. int((rank + 1) * STRIDE),
+    local first = redis.call('ZRANGEBYSCORE', pending_name(name), int(rank * STRIDE), '(' .. int((rank + 1) * STRIDE),
       'WITHSCORES', 'LIMIT', 0, 1)
     if first[2] then oldest = math.max(oldest, now_ms - (tonumber(first[2]) - rank * STRIDE) / 1000) end
   end
   return oldest
 end
 
-local function load_of(queue)
+local function load_of(name)
   local sum = 0
-  for _, value in ipairs(redis.call('HMGET', load_name(queue), '0t', '1t', '2t')) do
+  for _, value in ipairs(redis.call('HMGET', load_name(name), '0t', '1t', '2t')) do
     sum = sum + (tonumber(value or nil) or 0)
   end
   return sum
 end
 
 local names = redis.call('SMEMBERS', queues)
+if redis.call('SISMEMBER', queues, queue) == 0 and workers_of(queue) > 0 then names[#names + 1] = queue end
 table.sort(names)
 local lines, pending = {}, 0
-for i, queue in ipairs(names) do
-  local waiting = redis.call('ZCARD', pending_name(queue))
+for i, name in ipairs(names) do
+  local waiting = redis.call('ZCARD', pending_name(name))
   pending = pending + waiting
   if i <= MOST_QUEUES then
-    lines[#lines + 1] = {queue, waiting, int(oldest_ms(queue)), int(load_of(queue)), running[queue] or 0,
-      int(left_ms[queue] or 0), workers_of(queue)}
+    lines[#lines + 1] = {name, waiting, int(oldest_ms(name)), int(load_of(name)), running[name] or 0,
+      int(left_ms[name] or 0), workers_of(name)}
   end
 end
 

@@ -61,46 +61,44 @@ end
 
 -- Statistics never stand in the way: a hit is answered also when memory is out. One hash holds all counters of a family,
 -- so whatever a transition counts is one look and one write. Fields: `word` in all; `m<slot>:word` in the minute that its
--- value names first, on a ring; `r:word:route`, as many as `:routes:word` says, then `r:word:*`; and those in `sums`.
+-- value names first, on a ring; `r:word:route`, as many as `:routes:word` says, then `r:word:*`; and `names`, by `amounts`.
 -- `hot`: the key that a cell of `h<cell>` votes for. Half of the votes go with each hour; another key takes one off, and
 -- the cell when it is empty: so keys that are asked for often stay, in 256 cells, whatever the number of keys.
 local MINUTES_KEPT, MOST_LABELS = 64, 100
 local HOUR_MS = 3600000
-local function tally(family, word, sums, route, hot)
+local function tally(family, word, names, amounts, route, hot)
   local name, minute = stats_name(family), math.floor(now_ms / 60000)
-  local slot, cell = 'm' .. minute % MINUTES_KEPT .. ':' .. word, hot and 'h' .. (tonumber(string.sub(hot, -2), 16) or #hot)
-  local by_route, routes, rest = 'r:' .. word .. ':' .. (route or ''), ':routes:' .. word, 'r:' .. word .. ':*'
-  local fields = {word, slot, by_route, routes, rest, cell or slot}
-  for i = 1, #sums, 2 do fields[#fields + 1] = sums[i] end
-  local known = redis.pcall('HMGET', name, unpack(fields))
+  local slot, by_route = 'm' .. minute % MINUTES_KEPT .. ':' .. word, 'r:' .. word .. ':' .. (route or '*')
+  local cell = hot and 'h' .. (tonumber(string.sub(hot, -2), 16) or #hot) or word
+  local known = redis.pcall('HMGET', name, word, slot, by_route, cell, unpack(names))
   if known.err then return end
   local then_minute, n = string.match(known[2] or '', '^(%d+) (%d+)$')
-  local changes = {word, int((tonumber(known[1] or nil) or 0) + 1),
-    slot, int(minute) .. ' ' .. int((tonumber(then_minute) == minute and n or 0) + 1)}
-  local function change(field, value)
-    changes[#changes + 1], changes[#changes + 2] = field, value
+  local changes = {word, (known[1] or 0) + 1, slot, minute .. ' ' .. (tonumber(then_minute) == minute and n or 0) + 1}
+  if route then
+    if not known[3] and route ~= '*' then
+      local labels = redis.call('HMGET', name, ':routes:' .. word, 'r:' .. word .. ':*')
+      if (tonumber(labels[1]) or 0) < MOST_LABELS then
+        changes[5], changes[6] = ':routes:' .. word, (labels[1] or 0) + 1
+      else
+        by_route, known[3] = 'r:' .. word .. ':*', labels[2]
+      end
+    end
+    changes[#changes + 1], changes[#changes + 2] = by_route, (known[3] or 0) + 1
   end
-  local labels = tonumber(known[4] or nil) or 0
-  if route and (known[3] or labels < MOST_LABELS) then
-    change(by_route, int((tonumber(known[3] or nil) or 0) + 1))
-    if not known[3] then change(routes, int(labels + 1)) end
-  elseif route then
-    change(rest, int((tonumber(known[5] or nil) or 0) + 1))
-  end
-  if cell then
-    local hour = math.floor(now_ms / HOUR_MS)
-    local votes, since, held_by = string.match(known[6] or '', '^(%d+) (%d+) (.+)$')
-    votes = math.floor((tonumber(votes) or 0) * 0.5 ^ math.max(hour - (tonumber(since) or hour), 0))
+  if hot then
+    local hour, votes, since, held_by = math.floor(now_ms / HOUR_MS), string.match(known[4] or '', '^(%d+) (%d+) (.+)$')
+    votes = math.floor((votes or 0) * 0.5 ^ math.max(hour - (since or hour), 0))
     if votes == 0 then held_by = hot end
-    change(cell, int(held_by == hot and votes + 1 or votes - 1) .. ' ' .. int(hour) .. ' ' .. held_by)
+    changes[#changes + 1], changes[#changes + 2] = cell, (held_by == hot and votes + 1 or votes - 1) .. ' ' .. hour .. ' ' .. held_by
   end
-  for i = 1, #sums, 2 do
-    change(sums[i], int((tonumber(known[6 + (i + 1) / 2] or nil) or 0) + sums[i + 1]))
+  for i = 1, #names do
+    changes[#changes + 1], changes[#changes + 2] = names[i], (known[4 + i] or 0) + amounts[i]
   end
   redis.pcall('HSET', name, unpack(changes))
 end
 
-local function count(family, word) tally(family, word, {}) end
+-- What somebody else wrote into the counters must not stop a transition in the middle.
+local function count(family, word) pcall(tally, family, word, {}, {}) end
 
 -- A part of a URI is a label only when it looks like a name: neither a key nor a number of somebody's.
 local function route_of(family)
@@ -116,8 +114,9 @@ local function count_submission(outcome, key, family, fields)
   elseif outcome == 'joined' then
     saved_ms = tonumber(fields.est_ms) or 0
   end
-  tally('submissions', outcome, saved_ms > 0 and {'saved:' .. outcome, saved_ms} or {}, route_of(family),
-    outcome == 'hit' and key or nil)
+  local names, amounts = {}, {}
+  if saved_ms > 0 then names[1], amounts[1] = 'saved:' .. outcome, saved_ms end
+  pcall(tally, 'submissions', outcome, names, amounts, route_of(family), outcome == 'hit' and key)
 end
 
 -- Upper bounds of the histograms, of which a field is named: '+' has no bound.
@@ -135,13 +134,14 @@ local function count_end(word, fields, family, size_bytes)
   local queue, started_ms = fields.queue or '', tonumber(fields.started_ms) or now_ms
   local run_ms = math.max(now_ms - started_ms, 0)
   local wait_ms = math.max(started_ms - (tonumber(fields.pushed_ms) or started_ms), 0)
-  local sums = {'q:' .. word .. ':' .. queue, 1, 'run:' .. within(TIMES_MS, run_ms) .. ':' .. queue, 1,
-    'run:sum:' .. queue, run_ms, 'wait:' .. within(TIMES_MS, wait_ms) .. ':' .. queue, 1, 'wait:sum:' .. queue, wait_ms}
+  local names = {'q:' .. word .. ':' .. queue, 'run:' .. within(TIMES_MS, run_ms) .. ':' .. queue, 'run:sum:' .. queue,
+    'wait:' .. within(TIMES_MS, wait_ms) .. ':' .. queue, 'wait:sum:' .. queue}
+  local amounts = {1, 1, run_ms, 1, wait_ms}
   if size_bytes then
-    local size = tonumber(size_bytes)
-    for _, part in ipairs({'size:' .. within(SIZES, size) .. ':', 1, 'size:sum:', size}) do sums[#sums + 1] = part end
+    names[6], amounts[6] = 'size:' .. within(SIZES, tonumber(size_bytes)) .. ':', 1
+    names[7], amounts[7] = 'size:sum:', tonumber(size_bytes)
   end
-  tally('executions', word, sums, family and route_of(family))
+  pcall(tally, 'executions', word, names, amounts, family and route_of(family))
 end
 
 -- An attempt speaks that holds its request no more. `duplicate`: another one runs it now, or has ended it, so the work
