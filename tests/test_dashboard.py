@@ -156,7 +156,9 @@ def test_a_token_is_no_password_and_the_other_way_round(manager: RequestManager)
     assert client.get("/api/v1/", headers={"Authorization": "Bearer geheim"}).status_code == 401
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example", "", "a@b"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example", "", "a@b"]
+)
 def test_a_foreign_name_for_this_machine_is_refused(client: FlaskClient, host: str) -> None:
     """DNS rebinding: a page of evil.example that has bound its name to 127.0.0.1."""
     assert client.get("/api/v1/", headers={"Host": host}).status_code == 421
@@ -197,7 +199,9 @@ OWN = [
 
 
 @pytest.mark.parametrize("headers", FOREIGN)
-@pytest.mark.parametrize("path", ["/requests/{key}/cancel", "/api/v1/requests/{key}/cancel", "/rq/queue/arm/queued/empty"])
+@pytest.mark.parametrize(
+    "path", ["/requests/{key}/cancel", "/api/v1/requests/{key}/cancel", "/rq/queue/arm/queued/empty"]
+)
 def test_another_site_changes_nothing(
     manager: RequestManager, client: FlaskClient, path: str, headers: dict[str, str]
 ) -> None:
@@ -209,7 +213,9 @@ def test_another_site_changes_nothing(
 
 
 @pytest.mark.parametrize("headers", OWN)
-def test_our_own_pages_and_programs_change(manager: RequestManager, client: FlaskClient, headers: dict[str, str]) -> None:
+def test_our_own_pages_and_programs_change(
+    manager: RequestManager, client: FlaskClient, headers: dict[str, str]
+) -> None:
     key = manager.submit("/a").key
     answer = client.post(f"/api/v1/requests/{key}/cancel", headers=headers)
     assert answer.status_code == 200
@@ -225,10 +231,12 @@ def test_an_origin_that_is_trusted_may_change(manager: RequestManager) -> None:
 
 
 def test_a_get_changes_nothing(manager: RequestManager) -> None:
-    """Every rule of the application that takes POST refuses GET, and rq-dashboard's own ways to change by GET are shut."""
+    """Every rule that takes POST refuses GET, and rq-dashboard's own ways to change something by GET are shut."""
     app = create_app(manager)
     client, key = app.test_client(), manager.submit("/a").key
-    changing = [rule.rule for rule in app.url_map.iter_rules() if "POST" in (rule.methods or ()) and "/rq/" not in rule.rule]
+    changing = [
+        rule.rule for rule in app.url_map.iter_rules() if "POST" in (rule.methods or ()) and "/rq/" not in rule.rule
+    ]
     assert len(changing) >= 6
     for rule in changing:
         assert client.get(rule.replace("<key>", key)).status_code == 405, rule
@@ -328,7 +336,7 @@ def test_rq_dashboard_shows_our_jobs(manager: RequestManager, client: FlaskClien
     key = manager.submit(f"/a?q={HOSTILE}&token=geheim").key
     assert client.get("/rq/").status_code == 200
     queues = client.get("/rq/0/data/queues.json").json["queues"]
-    assert {"arm": 1} == {queue["name"]: queue["count"] for queue in queues if queue["count"]}
+    assert {queue["name"]: queue["count"] for queue in queues if queue["count"]} == {"arm": 1}
     jobs = client.get("/rq/0/data/jobs/arm/queued/8/asc/1.json").json["jobs"]
     assert [job["id"].startswith(key) for job in jobs] == [True]
     assert "geheim" not in jobs[0]["description"]
@@ -398,7 +406,14 @@ def test_rq_dashboard_has_a_policy_with_a_nonce(client: FlaskClient) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["0/data/job/nobody.json", "0/view/job/nobody", "7/view/queues", "0/data/jobs/arm/nonsense/8/asc/1.json", "nowhere", "0/data/job/%00.json"],
+    [
+        "0/data/job/nobody.json",
+        "0/view/job/nobody",
+        "7/view/queues",
+        "0/data/jobs/arm/nonsense/8/asc/1.json",
+        "nowhere",
+        "0/data/job/%00.json",
+    ],
 )
 def test_rq_dashboard_says_not_found(client: FlaskClient, path: str) -> None:
     assert client.get(f"/rq/{path}").status_code == 404
@@ -440,7 +455,9 @@ def test_the_blueprint_brings_its_checks(manager: RequestManager) -> None:
 
 def test_the_api_lists_its_paths(client: FlaskClient) -> None:
     paths = client.get("/api/v1/").json["paths"]
-    assert {"path": "/api/v1/overview", "method": "GET"}.items() <= paths[[p["path"] for p in paths].index("/api/v1/overview")].items()
+    assert {"path": "/api/v1/overview", "method": "GET"}.items() <= paths[
+        [p["path"] for p in paths].index("/api/v1/overview")
+    ].items()
     assert all(each["does"] for each in paths)
 
 
@@ -451,10 +468,14 @@ def test_the_api_lists_its_paths(client: FlaskClient) -> None:
 def filled(manager: RequestManager) -> dict[str, str]:
     """A request of each kind, with text that would do harm if it were taken for HTML; name -> key."""
     keys = {
-        "pending": manager.submit(BatchRequest(f"/p/{quote(HOSTILE)}?q={quote(HOSTILE)}&token=geheim", tags=("t<b>",))).key,
+        "pending": manager.submit(
+            BatchRequest(f"/p/{quote(HOSTILE)}?q={quote(HOSTILE)}&token=geheim", tags=("t<b>",))
+        ).key,
         "completed": manager.cache.put(BatchRequest("/c?x=1&token=geheim"), {"html": HOSTILE, "n": 1}),
         "text": manager.cache.put(BatchRequest("/t", sticky=True), HOSTILE * 1000),
-        "html": manager.cache.put(BatchRequest("/h"), Result(HOSTILE.encode(), content_type="text/html", filename='x".html')),
+        "html": manager.cache.put(
+            BatchRequest("/h"), Result(HOSTILE.encode(), content_type="text/html", filename='x".html')
+        ),
     }
     manager.submit(BatchRequest("/f?password=geheim", queue="q2"), payload={"to": HOSTILE, "password": "geheim"})
     lease = manager.queues.next_request(queue="q2")
@@ -470,7 +491,7 @@ def filled(manager: RequestManager) -> dict[str, str]:
 
 
 def every_path(keys: dict[str, str]) -> list[str]:
-    pages = ["", "requests", "requests?state=failed", "cache", "cache?order=size", "claims", "workers", "quarantine"]
+    pages = ["", "requests", "requests?state=failed", "cache", "cache?order=size", "claims", "workers"]
     return [f"/{page}" for page in pages] + [f"/requests/{key}" for key in keys.values()]
 
 
@@ -506,7 +527,7 @@ def test_a_request_in_full(client: FlaskClient, manager: RequestManager, filled:
     assert told["status"]["state"] == "failed"
     assert told["status"]["error"]["type"] == "ValueError"
     assert "/f?password=***" in told["status"]["error"]["message"]
-    assert [event["verb"] for event in told["timeline"]] == ["submit", "take", "fail"]
+    assert [event["verb"] for event in told["timeline"]] == ["submit", "start", "fail"]
     assert told["payloads"][0]["value"] == {"to": HOSTILE, "password": "***"}
     running = client.get(f"/requests/{filled['running']}").text
     assert "50.0%" in running
@@ -554,12 +575,30 @@ def test_search_finds_and_pages(client: FlaskClient, manager: RequestManager) ->
 
 
 @pytest.mark.parametrize(
-    "path", ["requests?state=odd", "requests?limit=0", "requests?limit=x", "requests?cursor=x", "cache?order=x", "claims?offset=-1", "explain", "events?since=x"]
+    "path",
+    [
+        "requests?state=odd",
+        "requests?limit=0",
+        "requests?limit=x",
+        "requests?cursor=x",
+        "cache?order=x",
+        "claims?offset=-1",
+        "explain",
+        "events?since=x",
+    ],
 )
 def test_a_wrong_argument_is_named(client: FlaskClient, path: str) -> None:
     answer = client.get(f"/api/v1/{path}")
     assert answer.status_code == 400
-    assert answer.json["error"]["message"].partition(":")[0] in ("state", "limit", "cursor", "order", "offset", "uri", "since")
+    assert answer.json["error"]["message"].partition(":")[0] in (
+        "state",
+        "limit",
+        "cursor",
+        "order",
+        "offset",
+        "uri",
+        "since",
+    )
 
 
 def test_notices_come_from_us_only(client: FlaskClient) -> None:
@@ -618,7 +657,10 @@ def test_a_form_leads_back_to_our_pages_only(client: FlaskClient, manager: Reque
     for back in ("https://evil.example", "//evil.example", "nowhere", "do_cancel"):
         answer = client.post(f"/requests/{key}/cancel", data={"back": back})
         assert answer.headers["Location"].startswith(f"/requests/{key}?done=")
-    assert client.post(f"/requests/{key}/cancel", data={"back": "requests"}).headers["Location"] == "/requests?done=ended:1"
+    assert (
+        client.post(f"/requests/{key}/cancel", data={"back": "requests"}).headers["Location"]
+        == "/requests?done=ended:1"
+    )
 
 
 # -- what it costs
@@ -783,9 +825,18 @@ def test_the_command_serves_until_it_is_told_to_stop(url: str, redis_client: red
 
 
 @pytest.mark.parametrize("arguments", [["--host", "0.0.0.0"], ["--port", "99999"], ["--username", "anna"]])
-def test_the_command_refuses_what_is_not_safe(url: str, arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "rqarm.cli", "dashboard", "--url", url, *arguments]
+def test_the_command_refuses_what_is_not_safe(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "rqarm.cli", "dashboard", "--url", "redis://127.0.0.1:1", *arguments]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_metrics_need_credentials_and_are_prometheus(manager: RequestManager) -> None:
+    manager.submit("/a")
+    client = browser(manager, token="t0ken")
+    assert client.get("/metrics").status_code == 401
+    answer = client.get("/metrics", headers={"Authorization": "Bearer t0ken"})
+    assert answer.mimetype == "text/plain"
+    assert 'rqarm_submissions_total{outcome="new"} 1' in answer.text

@@ -28,7 +28,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "stats": ("rqarm.cli.cache:stats", "Print counters and sizes of the namespace."),
     "top": ("rqarm.cli.top:top", "Watch queues, hit rate, cache and failures."),
     "worker": ("rqarm.cli.worker:worker", "Run requests: an RQ worker with your handlers."),
-    "dashboard": ("rqarm.cli.dashboard:dashboard", "Serve the dashboard: queues, requests, cache, claims, quarantine, workers."),
+    "dashboard": (
+        "rqarm.cli.dashboard:dashboard",
+        "Serve the dashboard: queues, requests, cache, claims, quarantine, workers.",
+    ),
     "sweep": ("rqarm.cli.requests:sweep", "Set going again what died in a queue without a word."),
     "check": ("rqarm.cli.check:check", "Say whether server, workers and queues are well."),
     "server": ("rqarm.cli.server:server", "The embedded server of this user."),

@@ -15,7 +15,9 @@ from rqarm.manager import RequestManager
 @click.command()
 @on_server
 @click.option("--host", metavar="ADDRESS", help="Where to listen; RQARM_DASHBOARD_HOST, else 127.0.0.1.")
-@click.option("--port", type=click.IntRange(0, 65_535), metavar="PORT", help="RQARM_DASHBOARD_PORT, else 9181; 0 = any.")
+@click.option(
+    "--port", type=click.IntRange(0, 65_535), metavar="PORT", help="RQARM_DASHBOARD_PORT, else 9181; 0 = any."
+)
 @click.option(
     "--username",
     metavar="NAME",
@@ -43,9 +45,7 @@ def dashboard(
         raise ConfigError(f"the dashboard needs {error.name}: pip install 'rqarm[dashboard]'") from error
     _log_to_stderr()
     with RequestManager(target.url, namespace=target.namespace) as manager:
-        app = create_app(
-            manager, host=host, port=port, username=username, read_only=read_only, insecure=insecure
-        )
+        app = create_app(manager, host=host, port=port, username=username, read_only=read_only, insecure=insecure)
         server = Server(app)
         click.echo(f"rqarm dashboard on {server.url} (Ctrl-C ends it)")
         server.run()

@@ -40,9 +40,7 @@ def stacked(
     for place, label in enumerate(labels):
         if label:
             x = LEFT + (place + 0.5) * step
-            parts.append(
-                Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, HEIGHT - 5, label)
-            )
+            parts.append(Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, HEIGHT - 5, label))
     return _svg(parts, title, summary)
 
 

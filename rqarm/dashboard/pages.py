@@ -22,7 +22,7 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One page: its name is that of the view and of the template. ``document``: from the arguments in path and query."""
+    """One page: its name is that of the view and the template. ``document``: from the arguments in path and query."""
 
     name: str
     path: str
@@ -40,14 +40,23 @@ PAGES = (
 )
 
 #: of the API only
-MORE: dict[str, Callable[[Dashboard, Arguments], Document]] = {"/explain": documents.explain, "/events": documents.events}
+MORE: dict[str, Callable[[Dashboard, Arguments], Document]] = {
+    "/explain": documents.explain,
+    "/events": documents.events,
+}
 
 
 def add_to(blueprint: Blueprint, dashboard: Dashboard, api: str) -> None:
     """The pages, the same as JSON, and what belongs to them."""
     for page in PAGES:
         _add_page(blueprint, dashboard, page)
-        _add_json(blueprint, dashboard, f"api_{page.name}", api + (page.path if page.path != "/" else "/overview"), page.document)
+        _add_json(
+            blueprint,
+            dashboard,
+            f"api_{page.name}",
+            api + (page.path if page.path != "/" else "/overview"),
+            page.document,
+        )
     for path, document in MORE.items():
         _add_json(blueprint, dashboard, f"api_{path[1:]}", api + path, document)
     _add_stream(blueprint, dashboard)
@@ -95,9 +104,8 @@ def _add_json(
 
 
 def _render(page: Page, document: Document) -> str:
-    return render_template(
-        f"rqarm/{page.name}.html", page=page.name, title=document.get("title", page.title), charts=charts, **document
-    )
+    context = {"page": page.name, "title": page.title, "charts": charts, **document}
+    return render_template(f"rqarm/{page.name}.html", **context)
 
 
 def _add_stream(blueprint: Blueprint, dashboard: Dashboard) -> None:

@@ -1,7 +1,7 @@
 """Live pages: one thread looks at the server, however many browsers watch, and only while one does.
 
-A look is two round trips: the overview, and the events since the last look. Each browser's stream takes what concerns its
-page: the overview page itself, or the word that something has changed, upon which the browser asks for its page again.
+A look is two round trips: the overview, and the events since the last look. Each browser's stream takes what concerns
+its page: the overview page itself, or the word that something has changed, upon which the browser asks for its page again.
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ class Look:
 
 
 def news(core: Core, after: str) -> Flow[tuple[list[tuple[str, dict[str, str]]], str]]:
-    """The events behind the id ``after``, and the newest id. One round trip."""
+    """The events behind the id ``after`` ("" = none), and the newest id. One round trip."""
     calls = core.calls
+    if not after:
+        newest = yield calls.newest_event()
+        return [], newest
     steps: tuple[Any, ...] = (calls.events(after, limit=MOST_EVENTS), calls.newest_event())
     events, newest = yield Batch(steps)
     return events, newest
@@ -89,7 +92,7 @@ class Poller:
         return self._clients
 
     def looks(self, after: int, timeout: float) -> list[Look] | None:
-        """The looks behind number ``after``, waiting for the first; [] when the time is over, None when it is closed."""
+        """The looks behind number ``after``, waiting for the first; [] = the time is over, None = it is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._number > after, timeout)
             if self._is_closed:
@@ -129,18 +132,17 @@ class Poller:
         number = self._number + 1
         try:
             overview = self._manager.overview()
-            # nothing was seen before the first look: there are no events behind "+"
-            events, newest = self._manager.shell.run(news(self._manager.core, after or "+"))
+            events, newest = self._manager.shell.run(news(self._manager.core, after))
         except (redis.RedisError, RqarmError) as error:
             log.warning("the dashboard cannot look at the server: %s", error)
             return Look(number, trouble="the server does not answer"), after
-        if not after:
-            return Look(number, overview), newest
         states = None if len(events) >= MOST_EVENTS else {each["key"]: each["state"] for _, each in events}
         return Look(number, overview, states), newest
 
 
-def feed(poller: Poller, page: str, key: str, render: Callable[[Look], str], is_gone: Callable[[], bool]) -> Iterator[str]:
+def feed(
+    poller: Poller, page: str, key: str, render: Callable[[Look], str], is_gone: Callable[[], bool]
+) -> Iterator[str]:
     """The events of one browser, as text/event-stream. ``render`` makes the overview page of a look."""
     after = poller.number
     is_busy = True  # until an event says that the request of this page has ended
