@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
+import os
 import pickle
+import re
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import managers
 import pytest
 import redis
 import rq
+import servers
 from flask import Flask
 from flask.testing import FlaskClient
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from rq.job import Job
 from rq.serializers import JSONSerializer
+from servers import eventually
 
-from rqarm import BatchRequest, RequestManager, __version__
+from rqarm import BatchRequest, RequestManager, Result
 from rqarm.dashboard import Options, create_app, create_blueprint
+from rqarm.dashboard import stream as stream_module
+from rqarm.dashboard.serve import serving
+from rqarm.dashboard.stream import Look
 from rqarm.errors import ConfigError
 
+ROOT = Path(__file__).parent.parent
 HOSTILE = "<script>alert(1)</script>"
+#: how long anything may take on a busy machine
+PATIENCE = 30.0
 PASSWORD = "geheim ü"
 
 
@@ -209,7 +231,7 @@ def test_an_origin_that_is_trusted_may_change(manager: RequestManager) -> None:
 
 
 def test_a_get_changes_nothing(manager: RequestManager) -> None:
-    """Every rule of the application that takes POST refuses GET, and rq-dashboard's own ways to change by GET are shut."""
+    """Every rule that takes POST refuses GET, and rq-dashboard's own ways to change something by GET are shut."""
     app = create_app(manager)
     client, key = app.test_client(), manager.submit("/a").key
     changing = [
@@ -437,5 +459,384 @@ def test_the_api_lists_its_paths(client: FlaskClient) -> None:
         [p["path"] for p in paths].index("/api/v1/overview")
     ].items()
     assert all(each["does"] for each in paths)
-    assert BatchRequest
-    assert __version__
+
+
+# -- what the pages say
+
+
+@pytest.fixture
+def filled(manager: RequestManager) -> dict[str, str]:
+    """A request of each kind, with text that would do harm if it were taken for HTML; name -> key."""
+    keys = {
+        "pending": manager.submit(
+            BatchRequest(f"/p/{quote(HOSTILE)}?q={quote(HOSTILE)}&token=geheim", tags=("t<b>",))
+        ).key,
+        "completed": manager.cache.put(BatchRequest("/c?x=1&token=geheim"), {"html": HOSTILE, "n": 1}),
+        "text": manager.cache.put(BatchRequest("/t", sticky=True), HOSTILE * 1000),
+        "html": manager.cache.put(
+            BatchRequest("/h"), Result(HOSTILE.encode(), content_type="text/html", filename='x".html')
+        ),
+    }
+    manager.submit(BatchRequest("/f?password=geheim", queue="q2"), payload={"to": HOSTILE, "password": "geheim"})
+    lease = manager.queues.next_request(queue="q2")
+    assert lease is not None
+    lease.fail(ValueError(f"{HOSTILE} at /f?password=geheim"))
+    keys["failed"] = lease.key
+    manager.submit(BatchRequest("/r", queue="q3"))
+    running = manager.queues.next_request(queue="q3")
+    assert running is not None
+    running.renew(0.5, HOSTILE)
+    keys["running"] = running.key
+    return keys
+
+
+def every_path(keys: dict[str, str]) -> list[str]:
+    pages = ["", "requests", "requests?state=failed", "cache", "cache?order=size", "claims", "workers"]
+    return [f"/{page}" for page in pages] + [f"/requests/{key}" for key in keys.values()]
+
+
+def test_every_page_escapes_what_others_wrote(client: FlaskClient, filled: dict[str, str]) -> None:
+    for path in every_path(filled):
+        answer = client.get(path)
+        assert answer.status_code == 200, path
+        assert HOSTILE not in answer.text, path
+        assert "geheim" not in answer.text, path
+        page = answer.text
+        assert page.count("<script") == 1  # ours, with a source
+        assert "<style" not in page
+        assert " style=" not in page
+        assert "onclick" not in page
+    # it is there, as text
+    assert "&lt;script&gt;" in client.get(f"/requests/{filled['failed']}").text
+    assert "&lt;script&gt;" in client.get(f"/requests/{filled['completed']}").text
+
+
+def test_the_api_tells_no_secret_and_is_json(client: FlaskClient, filled: dict[str, str]) -> None:
+    paths = [path.replace("/", "/api/v1/", 1) for path in every_path(filled)]
+    paths[0] = "/api/v1/overview"
+    paths += [f"/api/v1/explain?uri={quote('/c?token=geheim&b=2&a=1')}", "/api/v1/events"]
+    for path in paths:
+        answer = client.get(path)
+        assert (answer.status_code, answer.mimetype) == (200, "application/json"), path
+        assert "geheim" not in answer.text, path
+
+
+def test_a_request_in_full(client: FlaskClient, manager: RequestManager, filled: dict[str, str]) -> None:
+    key = filled["failed"]
+    told = client.get(f"/api/v1/requests/{key}").json["detail"]
+    assert told["status"]["state"] == "failed"
+    assert told["status"]["error"]["type"] == "ValueError"
+    assert "/f?password=***" in told["status"]["error"]["message"]
+    assert [event["verb"] for event in told["timeline"]] == ["submit", "start", "fail"]
+    assert told["payloads"][0]["value"] == {"to": HOSTILE, "password": "***"}
+    running = client.get(f"/requests/{filled['running']}").text
+    assert "50.0%" in running
+    unknown = client.get("/requests/nobody")
+    assert (unknown.status_code, "No request with the key" in unknown.text) == (200, True)
+    assert client.get("/requests/a b").status_code == 400
+
+
+def test_a_preview_is_short_text(client: FlaskClient, filled: dict[str, str]) -> None:
+    told = client.get(f"/api/v1/requests/{filled['text']}").json["preview"]
+    assert told["is_cut"]
+    assert len(told["text"]) == 4_000
+    value = client.get(f"/api/v1/requests/{filled['completed']}").json["preview"]
+    assert json.loads(value["text"]) == {"html": HOSTILE, "n": 1}
+
+
+@pytest.mark.parametrize("path", ["/requests/{}/download", "/api/v1/requests/{}/result"])
+def test_a_result_is_downloaded_and_never_shown(client: FlaskClient, filled: dict[str, str], path: str) -> None:
+    with client.get(path.format(filled["html"])) as answer:
+        assert answer.data == HOSTILE.encode()
+        assert answer.headers["Content-Type"] == "application/octet-stream"
+        assert answer.headers["Content-Disposition"] == "attachment; filename=x_.html"
+        assert "sandbox" in answer.headers["Content-Security-Policy"]
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    with client.get(path.format(filled["completed"])) as answer:
+        assert answer.json == {"html": HOSTILE, "n": 1}
+        assert answer.headers["Content-Disposition"] == f"attachment; filename={filled['completed']}.json"
+    with client.get(path.format(filled["text"])) as answer:
+        assert answer.text == HOSTILE * 1000
+        assert int(answer.headers["Content-Length"]) == len(answer.data)
+    assert client.get(path.format(filled["pending"])).status_code == 409
+    assert client.get(path.format("nobody")).status_code == 404
+
+
+def test_search_finds_and_pages(client: FlaskClient, manager: RequestManager) -> None:
+    manager.submit_many([f"/cities/{n}" for n in range(12)])
+    first = client.get("/api/v1/requests?q=/cities&limit=5").json
+    assert len(first["entries"]) == 5
+    second = client.get("/api/v1/requests", query_string={"q": "/cities", "limit": 50, "cursor": first["cursor"]}).json
+    found = [each["uri"] for page in (first, second) for each in page["entries"]]
+    assert sorted(found) == sorted(f"/cities/{n}" for n in range(12))
+    page = client.get("/requests?q=/cities/11")
+    assert "/cities/11" in page.text
+    assert "/cities/10" not in page.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "requests?state=odd",
+        "requests?limit=0",
+        "requests?limit=x",
+        "requests?cursor=x",
+        "cache?order=x",
+        "claims?offset=-1",
+        "explain",
+        "events?since=x",
+    ],
+)
+def test_a_wrong_argument_is_named(client: FlaskClient, path: str) -> None:
+    answer = client.get(f"/api/v1/{path}")
+    assert answer.status_code == 400
+    assert answer.json["error"]["message"].partition(":")[0] in (
+        "state",
+        "limit",
+        "cursor",
+        "order",
+        "offset",
+        "uri",
+        "since",
+    )
+
+
+def test_notices_come_from_us_only(client: FlaskClient) -> None:
+    assert "Cleared 12 results." in client.get("/cache?done=cleared:12").text
+    assert 'class="card notice"' not in client.get("/cache?done=your+password+please").text
+    assert "some results" in client.get("/cache?done=cleared:<b>").text
+
+
+# -- what can be done
+
+
+def test_actions_on_a_request(client: FlaskClient, manager: RequestManager) -> None:
+    key = manager.cache.put("/a", 1)
+    api = f"/api/v1/requests/{key}"
+    assert client.post(f"{api}/pin").json["outcome"] == "pinned"
+    assert manager.status(key).sticky
+    assert client.post(f"{api}/unpin").json["outcome"] == "unpinned"
+    assert not manager.status(key).sticky
+    assert client.post(f"{api}/ttl", json={"seconds": 100}).json["outcome"] == "retained"
+    assert 90 < manager.inspect(key).ttl <= 100
+    assert client.post(f"{api}/ttl", data={"seconds": "nan"}).status_code == 400
+    assert client.post(f"{api}/ttl", json=[1]).status_code == 400
+    assert client.post(f"{api}/resubmit").json["outcome"] == "resubmitted"
+    assert client.post(f"{api}/resubmit").json["outcome"] == "joined"
+    assert client.post(f"{api}/forget").status_code == 409
+    lease = manager.queues.next_request()
+    assert lease is not None
+    assert client.post(f"{api}/release").json["outcome"] == "released"
+    assert manager.status(key).state == "pending"
+    assert client.post(f"{api}/release").json["outcome"] == "not_running"
+    assert client.post(f"{api}/cancel").json["outcome"] == "cancelled"
+    assert client.post(f"{api}/cancel").json["outcome"] == "ended"
+    assert client.post(f"{api}/forget").json["outcome"] == "forgotten"
+    assert client.post(f"{api}/cancel").status_code == 404
+    assert manager.status(key).state == "unknown"
+
+
+def test_actions_on_the_cache(client: FlaskClient, manager: RequestManager) -> None:
+    for name in ("/a/1", "/a/2", "/b/1"):
+        manager.cache.put(name, 1)
+    manager.cache.put(BatchRequest("/c", tags=("old",), sticky=True), 1)
+    assert client.post("/api/v1/cache/clear-route", json={"route": "/a"}).json == {
+        "outcome": "cleared",
+        "target": "route /a",
+        "count": 2,
+    }
+    assert client.post("/api/v1/cache/clear-route").status_code == 400
+    answer = client.post("/cache/clear-temporary", data={"back": "cache"})
+    assert (answer.status_code, answer.headers["Location"]) == (303, "/cache?done=cleared:1")
+    assert client.post("/api/v1/cache/invalidate", data={"tag": "old"}).json["count"] == 1
+    assert manager.cache.stats().sticky == 0
+
+
+def test_a_form_leads_back_to_our_pages_only(client: FlaskClient, manager: RequestManager) -> None:
+    key = manager.submit("/a").key
+    for back in ("https://evil.example", "//evil.example", "nowhere", "do_cancel"):
+        answer = client.post(f"/requests/{key}/cancel", data={"back": back})
+        assert answer.headers["Location"].startswith(f"/requests/{key}?done=")
+    assert (
+        client.post(f"/requests/{key}/cancel", data={"back": "requests"}).headers["Location"]
+        == "/requests?done=ended:1"
+    )
+
+
+# -- what it costs
+
+
+def test_a_page_costs_three_round_trips_at_the_most(
+    manager: RequestManager, filled: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.submit_many([BatchRequest(f"/many/{n}", queue=f"queue{n}") for n in range(30)])
+    for n in range(60):
+        manager.cache.put(f"/cached/{n}", "x" * (70_000 if n == 7 else 10))
+    client = browser(manager)
+    paths = [*every_path({**filled, "large": BatchRequest("/cached/7").key}), "/api/v1/explain?uri=/a", "/readyz"]
+    for path in paths:
+        client.get(path)  # scripts are loaded, the server is checked
+    for path in paths:
+        with managers.round_trips(monkeypatch) as sent:
+            assert client.get(path).status_code == 200
+        assert 1 <= len(sent) <= 3, (path, sent)
+
+
+# -- live
+
+
+class Stream:
+    """An open stream of server-sent events."""
+
+    def __init__(self, url: str) -> None:
+        self._answer = urllib.request.urlopen(url, timeout=PATIENCE)
+
+    def next(self, name: str) -> Any:
+        """The data of the next event of this name."""
+        found = ""
+        while True:
+            line = self._answer.readline().decode()
+            assert line, f"the stream ended before {name}"
+            if line.startswith("event: "):
+                found = line.removeprefix("event: ").strip()
+            elif line.startswith("data: ") and found == name:
+                return json.loads(line.removeprefix("data: "))
+
+    def drain(self) -> None:
+        """Read to the end, which comes when the server ends the stream."""
+        self._answer.read()
+
+    def close(self) -> None:
+        self._answer.close()
+
+
+@contextmanager
+def live(manager: RequestManager, **options: Any) -> Iterator[tuple[str, Any]]:
+    """A dashboard that listens; its URL and its poller."""
+    app = create_app(manager, **({"interval": 0.05} | options))
+    with serving(app) as url:
+        yield url, app.extensions["rqarm"].poller
+
+
+def test_one_thread_feeds_every_browser_and_ends_with_the_last(manager: RequestManager) -> None:
+    with live(manager) as (url, poller):
+        assert threads_named("rqarm-dashboard") == 0
+        streams = [Stream(f"{url}stream?page=overview") for _ in range(3)]
+        for stream in streams:
+            assert "Nothing was ever submitted" in stream.next("page")
+        assert threads_named("rqarm-dashboard") == 1
+        assert poller.clients == 3
+        manager.submit(f"/{quote(HOSTILE)}")
+        for stream in streams:
+            while "<th scope" not in (page := stream.next("page")):
+                pass
+            assert HOSTILE not in page
+            stream.close()
+        eventually(lambda: poller.clients == 0 and threads_named("rqarm-dashboard") == 0, PATIENCE, "the poller ends")
+
+
+def test_a_page_of_one_request_hears_of_that_one(manager: RequestManager) -> None:
+    mine, other = manager.cache.put("/mine", 1), "/other"
+    looks = [Look(1, states={}), Look(2, states={"other": "pending"}), Look(3, states={mine: "completed"})]
+    assert stream_module._concerns(looks[:2], mine, False) == (False, False)
+    assert stream_module._concerns(looks, mine, False) == (False, True)
+    assert stream_module._concerns([Look(4, states={mine: "in_progress"})], mine, False) == (True, True)
+    assert stream_module._concerns([Look(5, states={})], mine, True) == (True, True)
+    assert stream_module._concerns([Look(6, states=None)], mine, False) == (False, True)
+    with live(manager) as (url, _):
+        stream = Stream(f"{url}stream?page=request&key={mine}")
+        stream.next("changed")
+        manager.submit(other)
+        manager.cache.put("/mine", 2)
+        stream.next("changed")
+        stream.close()
+
+
+def test_too_many_watchers_are_told_so(manager: RequestManager) -> None:
+    with live(manager, streams=1) as (url, _):
+        first = Stream(f"{url}stream?page=workers")
+        first.next("changed")
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            Stream(f"{url}stream?page=workers")
+        assert caught.value.code == 503
+        caught.value.close()
+        first.close()
+        # the place is free again
+        eventually(lambda: is_open(f"{url}stream?page=workers"), PATIENCE, "a place is free")
+
+
+def is_open(url: str) -> bool:
+    try:
+        Stream(url).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        return False
+    return True
+
+
+def test_streams_end_with_the_dashboard(manager: RequestManager) -> None:
+    with live(manager) as (url, poller):
+        stream = Stream(f"{url}stream?page=overview")
+        stream.next("page")
+        poller.close()
+        stream.drain()
+        assert threads_named("rqarm-dashboard") == 0
+        stream.close()
+
+
+def test_a_server_that_is_gone_is_told_and_found_again(tmp_path: Any) -> None:
+    binary = servers.VALKEY or servers.REDIS
+    with servers.throwaway(binary) as server, RequestManager(server.url, allow_volatile=True) as manager:
+        manager.connection.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
+        with live(manager) as (url, _):
+            stream = Stream(f"{url}stream?page=overview")
+            stream.next("page")
+            server.kill()
+            assert stream.next("trouble") == "the server does not answer"
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(f"{url}api/v1/overview", timeout=PATIENCE)
+            assert caught.value.code == 503
+            caught.value.close()
+            server.start()
+            stream.next("page")
+            stream.close()
+
+
+def threads_named(name: str) -> int:
+    return sum(thread.name == name for thread in threading.enumerate())
+
+
+# -- the command
+
+
+def test_the_command_serves_until_it_is_told_to_stop(url: str, redis_client: redis.Redis, tmp_path: Path) -> None:
+    environ = {**os.environ, "RQARM_ALLOW_VOLATILE": "1", "RQARM_DASHBOARD_TOKEN": "t0ken", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "rqarm.cli", "dashboard", "--url", url, "--port", "0"]
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = process.stdout.readline()
+        where = re.search(r"http://127\.0\.0\.1:\d+/", told)
+        assert where, told
+        asked = urllib.request.Request(f"{where[0]}api/v1/overview", headers={"Authorization": "Bearer t0ken"})
+        with urllib.request.urlopen(asked, timeout=PATIENCE) as answer:
+            assert json.load(answer)["overview"]["namespace"] == "arm"
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("arguments", [["--host", "0.0.0.0"], ["--port", "99999"], ["--username", "anna"]])
+def test_the_command_refuses_what_is_not_safe(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "rqarm.cli", "dashboard", "--url", "redis://127.0.0.1:1", *arguments]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_metrics_need_credentials_and_are_prometheus(manager: RequestManager) -> None:
+    manager.submit("/a")
+    client = browser(manager, token="t0ken")
+    assert client.get("/metrics").status_code == 401
+    answer = client.get("/metrics", headers={"Authorization": "Bearer t0ken"})
+    assert answer.mimetype == "text/plain"
+    assert 'rqarm_submissions_total{outcome="new"} 1' in answer.text

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flask import Blueprint, Response, jsonify, redirect, request, url_for
 
 from rqarm.dashboard.security import note
 from rqarm.dashboard.state import Dashboard
 from rqarm.errors import InvalidRequest, RequestUnknown
-from rqarm.model import Key
 from rqarm.uri import check_key
 
 Arguments = Mapping[str, str]
@@ -82,8 +82,8 @@ def _add_form(blueprint: Blueprint, dashboard: Dashboard, action: Action) -> Non
         page = back if back in PAGES else action.back
         if page == "request" and "key" not in path:
             page = "overview"
-        arguments = {"key": path["key"]} if page == "request" else {}
-        where = url_for(f".{page}", done=f"{done.word}:{done.count}", **arguments)
+        values: dict[str, Any] = {"done": f"{done.word}:{done.count}"} | (path if page == "request" else {})
+        where = url_for(f".{page}", **values)
         response: Response = redirect(where, 303)  # type: ignore[assignment]
         return response
 
@@ -185,29 +185,6 @@ def invalidate(dashboard: Dashboard, given: Arguments) -> Done:
     if not tag:
         raise InvalidRequest("say which tag", where="tag")
     return Done("cleared", f"tag {tag}", dashboard.manager.cache.invalidate(tag))
-
-
-# -- the quarantine
-
-
-def requeue(dashboard: Dashboard, given: Arguments) -> Done:
-    """Run what was set aside again: ``key``, or all of ``exception``, ``route``, ``reason``."""
-    return _moved("requeued", given, dashboard.manager.quarantine.requeue)
-
-
-def discard(dashboard: Dashboard, given: Arguments) -> Done:
-    """Drop what was set aside: ``key``, or all of ``exception``, ``route``, ``reason``."""
-    return _moved("discarded", given, dashboard.manager.quarantine.discard)
-
-
-def _moved(word: str, given: Arguments, move: Callable[..., Mapping[Key, str]]) -> Done:
-    if key := given.get("key", ""):
-        words = move(check_key(key))
-        outcome = next(iter(words.values()))
-        return Done(word if outcome == word else outcome, key)
-    chosen = {name: given[name] for name in ("exception", "route", "reason") if given.get(name)}
-    words = move(**chosen)
-    return Done(word, str(chosen), sum(each == word for each in words.values()))
 
 
 def _seconds(given: Arguments) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import redis
 from flask import Blueprint, Flask, Response, g, jsonify, render_template, request, url_for
 from werkzeug.exceptions import HTTPException, InternalServerError
 
-from rqarm import __version__
+from rqarm import __version__, metrics
 from rqarm.dashboard import actions, pages, shown
 from rqarm.dashboard.options import Options
 from rqarm.dashboard.security import Guard, harden, new_nonce, note
@@ -142,6 +142,11 @@ def _add_probes(blueprint: Blueprint, dashboard: Dashboard) -> None:
         told = info if g.rqarm_is_known else {}
         return jsonify(status="ready", **told), 200
 
+    @blueprint.get("/metrics", endpoint="metrics")
+    def prometheus() -> Response:
+        """For Prometheus; with a token, its scrape configuration has it under `authorization`."""
+        return Response(metrics.render(dashboard.manager.overview()), content_type=metrics.CONTENT_TYPE)
+
 
 def _add_rq(blueprint: Blueprint, dashboard: Dashboard) -> None:
     @blueprint.route("/rq/", defaults={"path": ""}, methods=["GET", "POST"])
@@ -163,7 +168,7 @@ def _explain(error: Exception) -> Response:
     headers: list[tuple[str, str]] = []
     if isinstance(error, HTTPException):
         if error.code is not None and error.code < 400:
-            return Response.force_type(error.get_response())  # a redirect
+            return cast(Response, Response.force_type(error.get_response()))  # a redirect
         status, text, title = error.code or 500, error.description or "", error.name
         headers = [pair for pair in error.get_headers() if pair[0].lower() in ("www-authenticate", "allow")]
     else:

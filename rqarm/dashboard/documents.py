@@ -7,7 +7,6 @@ InvalidRequest.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,16 +101,6 @@ def workers(dashboard: Dashboard, _: Arguments) -> Document:
     return dashboard.manager.workers().to_dict()
 
 
-def quarantine(dashboard: Dashboard, given: Arguments) -> Document:
-    """What was set aside, grouped by exception: ?route= ?exception= ?reason= ?limit="""
-    asked = {name: given.get(name, "").strip() for name in ("route", "exception", "reason")}
-    limit = _number(given, "limit", 100, 1, MOST)
-    aside = dashboard.manager.quarantine
-    found = list(aside.list(**{name: text or None for name, text in asked.items()}, limit=limit))
-    entries = [_set_aside(dashboard, each) for each in found]
-    return {"asked": asked, "groups": groups(entries), "shown": len(entries), "total": aside.count()}
-
-
 def explain(dashboard: Dashboard, given: Arguments) -> Document:
     """Why the request ?uri= has its key, and what a submit of it would do now."""
     if not given.get("uri"):
@@ -185,18 +174,6 @@ def _entry(dashboard: Dashboard, entry: Any) -> Document:
     return {**document, "status": _status(dashboard, entry.status)}
 
 
-def _set_aside(dashboard: Dashboard, entry: Any) -> Document:
-    document: Document = jsonable(entry.to_dict())
-    secret = dashboard.manager.settings.secret_params
-    document["uri"] = dashboard.redacted(document["uri"])
-    for name in ("message", "traceback"):
-        document[name] = _redacted_lines(dashboard, document[name])
-    for name in ("kwargs", "info"):
-        document[name] = shown.scrubbed(document[name], secret)
-    del document["payloads"]
-    return document
-
-
 def _preview(dashboard: Dashboard, detail: Document) -> Document:
     """The beginning of the stored result, as text. One more round trip, or two when it lies in pieces."""
     result, key = detail["result"], detail["key"]
@@ -214,12 +191,3 @@ def _preview(dashboard: Dashboard, detail: Document) -> Document:
     except RqarmError as error:  # it cannot be read, or has gone between the two looks
         return {"text": "", "is_cut": False, "fault": str(error)}
     return {"text": text, "is_cut": is_cut, "fault": ""}
-
-
-def groups(entries: list[Document]) -> list[Document]:
-    """Entries of the quarantine by exception, the largest group first."""
-    counts = Counter(each["exception"] for each in entries)
-    return [
-        {"exception": name, "count": count, "entries": [each for each in entries if each["exception"] == name]}
-        for name, count in counts.most_common()
-    ]

@@ -22,7 +22,7 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One page: its name is that of the view and of the template. ``document``: from the arguments in path and query."""
+    """One page: its name is that of the view and the template. ``document``: from the arguments in path and query."""
 
     name: str
     path: str
@@ -104,9 +104,8 @@ def _add_json(
 
 
 def _render(page: Page, document: Document) -> str:
-    return render_template(
-        f"rqarm/{page.name}.html", page=page.name, title=document.get("title", page.title), charts=charts, **document
-    )
+    context = {"page": page.name, "title": page.title, "charts": charts, **document}
+    return render_template(f"rqarm/{page.name}.html", **context)
 
 
 def _add_stream(blueprint: Blueprint, dashboard: Dashboard) -> None:

@@ -3,8 +3,8 @@
 It runs as an application of its own, asked by ours after the guard has let the request pass, so it shares no settings,
 no template names and no connection with a host application. What is mended, in rq-dashboard 0.9:
 
-* Its pages write job descriptions, results and names into HTML as they are. The templates are read through a loader that
-  makes every ``<%= %>`` of the browser-side templates an escaping one.
+* Its pages write job descriptions, results and names into HTML as they are. The templates are read through a loader
+  that makes every ``<%= %>`` of the browser-side templates an escaping one.
 * It unpickles what it finds in Redis, and answers 500 for jobs in JSON. A private copy of its module gets RQ's classes
   with a serializer that reads JSON and shows anything else as "not shown"; what it could not read it writes back
   unchanged.
@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import redis
 from flask import Flask, Response, g, request
@@ -82,7 +82,7 @@ class _Job(Job):
 
     def _deserialize_data(self) -> None:
         try:
-            super()._deserialize_data()
+            super()._deserialize_data()  # type: ignore[no-untyped-call] # RQ leaves it so
         except DeserializationError:
             self._func_name, self._instance, self._args, self._kwargs = "(a call that is not JSON)", None, (), {}
 
@@ -146,23 +146,23 @@ class RqDashboard:
         """
         refuse_get(path)
         environ = dict(request.environ)
-        full = environ["SCRIPT_NAME"] + environ["PATH_INFO"]
-        environ["SCRIPT_NAME"] = full[: len(full) - len(path)].rstrip("/")
-        environ["PATH_INFO"] = f"/{path}"
+        root = str(request.url_rule).partition("<")[0].rstrip("/")
+        environ["SCRIPT_NAME"] += root
+        environ["PATH_INFO"] = environ["PATH_INFO"][len(root) :]
         environ["rqarm.home"] = home
         environ["rqarm.nonce"] = g.rqarm_nonce
         self._app.redis_conn = self._connection()  # type: ignore[attr-defined]
-        response = Response.from_app(self._app.wsgi_app, environ, buffered=True)
+        response = cast(Response, Response.from_app(self._app.wsgi_app, environ, buffered=True))
         response.headers["Content-Security-Policy"] = rq_policy(g.rqarm_nonce)
         return response
 
     def _build(self, shown_url: str, read_only: bool) -> Flask:
         web = _private_copy()
         # every request of rq-dashboard calls this for a client of its own; give it the one there is
-        web.from_url = lambda *_, **__: (None, app.redis_conn)  # type: ignore[attr-defined]
+        web.__dict__["from_url"] = lambda *_, **__: (None, self._connection())
         folder = Path(str(web.__file__)).parent
         app = Flask("rq_dashboard", static_folder=str(folder / "static"), static_url_path="/static")
-        app.jinja_loader = MendedLoader(folder / "templates")  # type: ignore[assignment]
+        app.jinja_loader = MendedLoader(folder / "templates")
         app.config["RQ_DASHBOARD_REDIS_URL"] = (shown_url,)
         app.config["RQ_DASHBOARD_DISABLE_DELETE"] = read_only
         web.blueprint.template_folder = None

@@ -1,7 +1,7 @@
 """Who may ask for what: credentials, Host, origin, read-only. And what every answer tells the browser.
 
-The guard runs before every view, rq-dashboard's included. It decides on headers alone and reads no body. A refusal is an
-HTTP error whose text says what to do; nothing has been done then.
+The guard runs before every view, rq-dashboard's included. It decides on headers alone and reads no body. A refusal is
+an HTTP error whose text says what to do; nothing has been done then.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class Guard:
     def _check_host(self) -> None:
         """Without credentials only names that nobody else can claim are answered.
 
-        A foreign page can bind its own name to 127.0.0.1 and then read what it likes; but it has no credentials, so with
-        them the name does not matter.
+        A foreign page can bind its own name to 127.0.0.1 and then read what it likes; but it has no credentials, so
+        with them the name does not matter.
         """
         if not self._hosts and (self.options.has_credentials or not self.options.is_loopback):
             return

@@ -12,6 +12,8 @@ from markupsafe import Markup
 
 from rqarm.text import duration, jsonable, plain, size
 
+#: stands for a number that nobody knows
+NOT_KNOWN = "-"
 #: characters of a value, and bytes of stored data, that a page shows
 PREVIEW_CHARS = 4_000
 #: elements a value may have to be laid out as JSON for a page
@@ -48,18 +50,18 @@ def as_time(moment: datetime | str | None) -> datetime | None:
 
 
 def number(value: float | None) -> str:
-    """Thousands apart; "–" for what is not known."""
+    """Thousands apart."""
     if value is None:
-        return "–"
+        return NOT_KNOWN
     return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
 
 
 def seconds(value: float | None) -> str:
-    return "–" if value is None else duration(value)
+    return NOT_KNOWN if value is None else duration(value)
 
 
 def share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+    return NOT_KNOWN if value is None else f"{value:.1%}"
 
 
 def plural(count: int, one: str, many: str = "") -> str:
@@ -78,7 +80,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "number": number,
     "seconds": seconds,
     "share": share,
-    "size": lambda value: "–" if value is None else size(int(value)),
+    "size": lambda value: NOT_KNOWN if value is None else size(int(value)),
     "plural": plural,
     "words": lambda word: str(word).replace("_", " "),
 }

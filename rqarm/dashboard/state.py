@@ -45,6 +45,6 @@ class Dashboard:
 
     def server_info(self) -> dict[str, Any]:
         """Which server it is. Raises what redis-py raises when it does not answer."""
-        info: dict[str, Any] = self.manager.connection.info("server")  # type: ignore[assignment]
+        info: dict[str, Any] = self.manager.connection.info("server")
         name = "valkey" if "valkey_version" in info else "redis"
         return {"server": name, "version": str(info.get(f"{name}_version", ""))}

@@ -1,7 +1,7 @@
 """Live pages: one thread looks at the server, however many browsers watch, and only while one does.
 
-A look is one round trip: the overview, and the events since the last look. Each browser's stream takes what concerns its
-page: the overview page itself, or the word that something has changed, upon which the browser asks for its page again.
+A look is two round trips: the overview, and the events since the last look. Each browser's stream takes what concerns
+its page: the overview page itself, or the word that something has changed, upon which the browser asks for its page again.
 """
 
 from __future__ import annotations
@@ -44,12 +44,15 @@ class Look:
     trouble: str = ""
 
 
-def look(core: Core, after: str) -> Flow[tuple[Any, list[tuple[str, dict[str, str]]], str]]:
-    """The overview, the events behind the id ``after``, and the newest id. One round trip."""
+def news(core: Core, after: str) -> Flow[tuple[list[tuple[str, dict[str, str]]], str]]:
+    """The events behind the id ``after`` ("" = none), and the newest id. One round trip."""
     calls = core.calls
-    steps: tuple[Any, ...] = (calls.overview(), calls.events(after, limit=MOST_EVENTS), calls.newest_event())
-    overview, events, newest = yield Batch(steps)
-    return overview, events, newest
+    if not after:
+        newest = yield calls.newest_event()
+        return [], newest
+    steps: tuple[Any, ...] = (calls.events(after, limit=MOST_EVENTS), calls.newest_event())
+    events, newest = yield Batch(steps)
+    return events, newest
 
 
 class Poller:
@@ -89,7 +92,7 @@ class Poller:
         return self._clients
 
     def looks(self, after: int, timeout: float) -> list[Look] | None:
-        """The looks behind number ``after``, waiting for the first; [] when the time is over, None when it is closed."""
+        """The looks behind number ``after``, waiting for the first; [] = the time is over, None = it is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._number > after, timeout)
             if self._is_closed:
@@ -128,13 +131,11 @@ class Poller:
     def _look(self, after: str) -> tuple[Look, str]:
         number = self._number + 1
         try:
-            # nothing was seen before the first look: its events do not count
-            overview, events, newest = self._manager.shell.run(look(self._manager.core, after or "+"))
+            overview = self._manager.overview()
+            events, newest = self._manager.shell.run(news(self._manager.core, after))
         except (redis.RedisError, RqarmError) as error:
             log.warning("the dashboard cannot look at the server: %s", error)
             return Look(number, trouble="the server does not answer"), after
-        if not after:
-            return Look(number, overview), newest
         states = None if len(events) >= MOST_EVENTS else {each["key"]: each["state"] for _, each in events}
         return Look(number, overview, states), newest
 
