@@ -40,14 +40,18 @@ class AsyncRequestManager:
     def connection(self) -> redis.asyncio.Redis:
         return self.shell.client
 
-    async def submit(self, request: BatchRequest | str, *, payload: Any = None) -> BatchStatus:
-        return await self.shell.run(flows.submit(self.core, request, payload))
+    async def submit(
+        self, request: BatchRequest | str, *, payload: Any = None, payload_id: str | None = None
+    ) -> BatchStatus:
+        return await self.shell.run(flows.submit(self.core, request, payload, payload_id=payload_id))
 
     async def submit_many(self, requests: Iterable[BatchRequest | str]) -> list[BatchStatus]:
         return await self.shell.run(flows.submit_many(self.core, requests))
 
-    async def resubmit(self, request: BatchRequest | str, *, payload: Any = None) -> BatchStatus:
-        return await self.shell.run(flows.submit(self.core, request, payload, again=True))
+    async def resubmit(
+        self, request: BatchRequest | str, *, payload: Any = None, payload_id: str | None = None
+    ) -> BatchStatus:
+        return await self.shell.run(flows.submit(self.core, request, payload, payload_id=payload_id, again=True))
 
     async def status(self, key: str) -> BatchStatus:
         return await self.shell.run(flows.status(self.core, key))
@@ -67,8 +71,10 @@ class AsyncRequestManager:
     async def get(self, request: BatchRequest | str, timeout: float | None = None) -> Any:
         return await self.shell.run(flows.get(self.core, request, timeout))
 
-    async def get_or_submit(self, request: BatchRequest | str, payload: Any = None) -> tuple[bool, Any]:
-        return await self.shell.run(flows.get_or_submit(self.core, request, payload))
+    async def get_or_submit(
+        self, request: BatchRequest | str, payload: Any = None, *, payload_id: str | None = None
+    ) -> tuple[bool, Any]:
+        return await self.shell.run(flows.get_or_submit(self.core, request, payload, payload_id=payload_id))
 
     async def wait(self, keys: str | Iterable[str], timeout: float | None = None) -> list[BatchStatus]:
         return await self.shell.run(flows.wait(self.core, keys, timeout))

@@ -18,7 +18,7 @@ from rqarm.codec import Envelope
 from rqarm.config import Settings
 from rqarm.errors import CorruptResult, ForeignData, InvalidRequest, KeyConflict, LeaseLost, RqarmError, VersionSkew
 from rqarm.keys import RECORD_FIELDS, URI_FIELDS, Keys
-from rqarm.model import BatchStatus, Key, Outcome, Priority, State, Token
+from rqarm.model import BatchStatus, FollowUp, Key, Outcome, Priority, State, Token
 from rqarm.request import BatchRequest
 from rqarm.request import unpack as unpack_request
 from rqarm.scripts import Script, all_scripts, script
@@ -79,6 +79,40 @@ class ParkingTicket(Ticket):
     """A ticket for later. ``recall``: the commands that queue the same job at the front before its time."""
 
     recall: str
+
+
+@dataclass(frozen=True, slots=True)
+class NextUp:
+    """A follow-up that the end of a request makes, should it come to that: the request, its identity, its ticket."""
+
+    request: BatchRequest
+    identity: Canonical
+    ticket: Ticket
+
+    @property
+    def argv(self) -> tuple[Any, ...]:
+        packed = self.request.pack_beside(self.identity.text)
+        ticket = self.ticket
+        return (self.identity.key, self.identity.text, packed, ticket.job_id, ticket.commands, ticket.data)
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a follow-up is about: the request ``of`` this key, its result or its packed error, and the payloads."""
+
+    of: Key
+    stored: Stored | None
+    error: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Unattended:
+    """A failed request as far as a follow-up of it needs it. ``state`` is "" when there is no record."""
+
+    state: str
+    queue: str
+    priority: Priority
+    request: BatchRequest | None
 
 
 class Delivery(Protocol):
@@ -392,23 +426,47 @@ class Calls:
         return self._call("renew", attempt.key, (attempt.token, lease_ms, progress), parse)
 
     def complete(
-        self, attempt: Attempt, envelope: Envelope, inline: bytes | None, *, sticky: bool, ttl_ms: int
-    ) -> Call[str]:
-        """``stored`` | ``already``. Raises LeaseLost, and RqarmError when chunks are missing."""
+        self,
+        attempt: Attempt,
+        envelope: Envelope,
+        inline: bytes | None,
+        *,
+        sticky: bool,
+        ttl_ms: int,
+        follow_up: NextUp | None = None,
+        wants_payloads: bool = False,
+    ) -> Call[list[bytes]]:
+        """Store the result; the packed payloads if they are wanted. ``follow_up``: the callback.
 
-        def parse(reply: Any) -> str:
+        Raises LeaseLost, and RqarmError when chunks are missing.
+        """
+
+        def parse(reply: Any) -> list[bytes]:
             word, *rest = _held(attempt.key, _words("complete", reply))
             if word == "torn":
                 raise _torn(attempt.key, rest[0])
-            return str(word)
+            return list(rest[0]) if rest and rest[0] else []
 
         job = self._own_job(attempt)
         argv = (attempt.token, int(sticky), ttl_ms, attempt.request.family, job, *_envelope_argv(envelope, inline))
+        if follow_up is not None:
+            argv += (*follow_up.argv, ms(self.settings.failure_ttl))
+        elif wants_payloads:
+            argv += ("",)
         return self._call("complete", attempt.key, argv, parse)
 
-    def fail(self, attempt: Attempt, error: bytes, *, failure_ttl_ms: int, negative_ms: int) -> Call[str]:
+    def fail(
+        self,
+        attempt: Attempt,
+        error: bytes,
+        *,
+        failure_ttl_ms: int,
+        negative_ms: int,
+        follow_ups: Sequence[NextUp] = (),
+    ) -> Call[str]:
         """``failed`` | ``already``. Raises LeaseLost."""
-        argv = (attempt.token, error, failure_ttl_ms, negative_ms)
+        told = [argument for each in follow_ups for argument in each.argv]
+        argv = (attempt.token, error, failure_ttl_ms, negative_ms, *told)
         return self._call("fail", attempt.key, argv, _held_word("fail", attempt.key))
 
     def retry(self, attempt: Attempt, ticket: Ticket, *, delay_ms: int, kwargs: bytes, error: bytes) -> Call[str]:
@@ -434,6 +492,62 @@ class Calls:
     def _own_job(self, attempt: Attempt) -> str:
         """RQ's job that ends with the attempt; "" = an RQ worker is at it and ends it."""
         return self.delivery.job_prefix + attempt.job_id if attempt.owns_job else ""
+
+    # -- follow-ups
+
+    def about(self, key: Key) -> Command[About | None]:
+        """What a follow-up is about; None when that is gone."""
+
+        def parse(reply: Any) -> About | None:
+            of, error, *result = reply
+            if of is None:
+                return None
+            return About(Key(_text(of)), _stored(Key(_text(of)), result), error or LAPSED)
+
+        argv = ("HMGET", self.keys.named("followup", key=key), "of", "error", "owner", "envelope", "bytes")
+        return Command(argv, parse)
+
+    def payloads(self, key: Key) -> Command[list[bytes]]:
+        """The packed payloads of a claim or of a follow-up, in no order."""
+        return Command(("HVALS", self.keys.named("callbacks", key=key)), list)
+
+    def conclude(self, attempt: Attempt) -> Call[str]:
+        """End a follow-up that has run: ``concluded`` | ``already``. Raises LeaseLost."""
+        return self._call(
+            "conclude", attempt.key, (attempt.token, self._own_job(attempt)), _held_word("conclude", attempt.key)
+        )
+
+    def unattended(self, kind: FollowUp, below: str, limit: int) -> Command[list[tuple[Key, int]]]:
+        """Failures of which nobody has been told, newest first: keys and scores.
+
+        ``below``: "+inf", or "(" and a score.
+        """
+
+        def parse(reply: Any) -> list[tuple[Key, int]]:
+            # RESP3 answers pairs, RESP2 a flat list
+            pairs = reply if reply and isinstance(reply[0], list | tuple) else _rows(reply or [], 2)
+            return [(Key(_text(key)), int(float(score))) for key, score in pairs]
+
+        name = self.keys.named("unattended", follow_up=kind)
+        return Command(("ZREVRANGEBYSCORE", name, below, "-inf", "WITHSCORES", "LIMIT", 0, limit), parse)
+
+    def failed_request(self, key: Key) -> Command[Unattended]:
+        """What a follow-up of a failure takes over from the request."""
+
+        def parse(reply: Any) -> Unattended:
+            state, queue, priority, packed, *uri = reply
+            try:
+                request = None if packed is None else unpack_request(packed, _joined(uri))
+            except (VersionSkew, InvalidRequest):
+                request = None  # a worker of another version can read it
+            return Unattended(_text(state or b""), _text(queue or b""), Priority(int(priority or 1)), request)
+
+        fields = ("state", "queue", "priority", "request", *URI_FIELDS)
+        return Command(("HMGET", self.keys.status(key), *fields), parse)
+
+    def attend(self, key: Key, kind: FollowUp, since: int, follow_up: NextUp) -> Call[str]:
+        """Tell somebody of a failure: ``attended`` | ``already``."""
+        return self._call("attend", key, (kind, since, *follow_up.argv), _word("attend"))
 
     # -- healing
 

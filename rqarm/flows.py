@@ -25,6 +25,7 @@ from rqarm.calls import (
     Calls,
     Command,
     Found,
+    NextUp,
     Overdue,
     Page,
     ParkingTicket,
@@ -39,6 +40,7 @@ from rqarm.calls import (
 from rqarm.config import Settings
 from rqarm.errors import (
     CorruptResult,
+    InvalidRequest,
     Quarantined,
     RequestCancelled,
     RequestFailed,
@@ -65,6 +67,9 @@ UNREADABLE_DELAY = 5.0
 PARK_DELAY = 600.0
 #: pieces of a large result that one round trip fetches
 PIECES = 8
+#: of a payload when it is packed: all payloads of a claim lie in one hash and are in memory at a callback
+MAX_PAYLOAD_BYTES = 1 << 20
+MAX_PAYLOAD_ID_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +152,20 @@ class Core:
 # -- requests
 
 
-def submit(core: Core, request: BatchRequest | str, payload: Any = None, *, again: bool = False) -> Flow[BatchStatus]:
+def submit(
+    core: Core,
+    request: BatchRequest | str,
+    payload: Any = None,
+    *,
+    payload_id: str | None = None,
+    again: bool = False,
+) -> Flow[BatchStatus]:
     """Submit; a hit carries its value when that is small. A corrupt result counts as a miss and runs again."""
-    request = as_request(request)
+    request, packed = as_request(request), pack_payload(payload, payload_id)
     try:
-        found: Found = yield _submit_call(core, request, payload, again)
+        found: Found = yield _submit_call(core, request, packed, again)
     except CorruptResult:
-        found = yield _submit_call(core, request, payload, True)
+        found = yield _submit_call(core, request, packed, True)
     return found.status
 
 
@@ -182,14 +194,34 @@ def submit_many(core: Core, requests: Iterable[BatchRequest | str]) -> Flow[list
     return [by_request[request] for request in wanted]
 
 
-def _submit_call(core: Core, request: BatchRequest, payload: Any, again: bool) -> Call[Found]:
-    packed = None
-    if payload is not None:
-        packed_payload = codec.pack(payload)
-        packed = (hashlib.blake2b(packed_payload, digest_size=8).hexdigest(), packed_payload)
+def _submit_call(core: Core, request: BatchRequest, payload: tuple[str, bytes] | None, again: bool) -> Call[Found]:
     identity = core.identify(request)
     ticket = core.jobs.enqueue(identity.key, core.describe(request), core.queue_of(request), request.priority)
-    return core.calls.submit(request, identity, ticket, payload=packed, again=again)
+    return core.calls.submit(request, identity, ticket, payload=payload, again=again)
+
+
+def pack_payload(payload: Any, payload_id: str | None = None) -> tuple[str, bytes] | None:
+    """A payload as it is stored: its id, by default the hash of its content, and its bytes. None: there is none.
+
+    Raises UnpackableResult, and InvalidRequest for one that is too large and for a bad id.
+    """
+    if payload is None:
+        if payload_id is not None:
+            raise InvalidRequest("an id of a payload needs a payload", where="payload_id")
+        return None
+    packed = codec.pack(payload)
+    if len(packed) > MAX_PAYLOAD_BYTES:
+        reason = f"{len(packed):,} bytes packed, at most {MAX_PAYLOAD_BYTES:,} are allowed: pass a reference instead"
+        raise InvalidRequest(reason, where="payload")
+    if payload_id is None:
+        return hashlib.blake2b(packed, digest_size=8).hexdigest(), packed
+    if not isinstance(payload_id, str) or not 1 <= len(payload_id) <= MAX_PAYLOAD_ID_CHARS:
+        raise InvalidRequest(f"text of 1 to {MAX_PAYLOAD_ID_CHARS} characters is needed", where="payload_id")
+    try:
+        payload_id.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("text without lone surrogates is needed", where="payload_id") from None
+    return payload_id, packed
 
 
 def status(core: Core, key: str) -> Flow[BatchStatus]:
@@ -247,18 +279,23 @@ def get(core: Core, request: BatchRequest | str, timeout: float | None = None) -
 
 
 def get_or_submit(
-    core: Core, request: BatchRequest | str, payload: Any, *, value_only: bool = False
+    core: Core,
+    request: BatchRequest | str,
+    payload: Any,
+    *,
+    payload_id: str | None = None,
+    value_only: bool = False,
 ) -> Flow[tuple[bool, Any]]:
     """(True, value) on a hit, else (False, status). With ``value_only`` a negative answer raises."""
-    request = as_request(request)
+    request, packed = as_request(request), pack_payload(payload, payload_id)
     try:
-        found: Found = yield _submit_call(core, request, payload, False)
+        found: Found = yield _submit_call(core, request, packed, False)
         if found.stored is not None and found.stored.inline is not None:
             return True, found.status.value
         if found.stored is not None:
             return True, (yield from _value(core, found))
     except CorruptResult:
-        found = yield _submit_call(core, request, payload, True)
+        found = yield _submit_call(core, request, packed, True)
     if value_only and found.status.outcome in (Outcome.NEGATIVE, Outcome.REFUSED):
         raise _unsuccessful(found.status)
     return False, found.status
@@ -267,9 +304,13 @@ def get_or_submit(
 def _value(core: Core, found: Found) -> Flow[Any]:
     if found.status.state is not State.COMPLETED:
         raise _unsuccessful(found.status)
-    stored = found.stored
-    if stored is None:
+    if found.stored is None:
         raise RequestUnknown(found.status.key)
+    return (yield from value_of(core, found.stored))
+
+
+def value_of(core: Core, stored: Stored) -> Flow[Any]:
+    """The value of a stored result. Raises CorruptResult."""
     if stored.inline is not None:
         return stored.value()
     return codec.decode_chunks(stored.envelope, (yield from _pieces(core, stored)))
@@ -516,14 +557,33 @@ def renew(core: Core, attempt: Attempt, progress: tuple[float, str] | None = Non
     yield core.calls.renew(attempt, ms(core.settings.lease), noted)
 
 
-def finish(core: Core, attempt: Attempt, value: Any, *, sticky: bool = False, ttl: float | None = None) -> Flow[None]:
-    """Store the value and wake the waiters. ``ttl`` and ``sticky`` are the route's wishes.
+def finish(
+    core: Core,
+    attempt: Attempt,
+    value: Any,
+    *,
+    sticky: bool = False,
+    ttl: float | None = None,
+    follow_up: NextUp | None = None,
+    wants_payloads: bool = False,
+) -> Flow[list[Any]]:
+    """Store the value and wake the waiters. ``ttl`` and ``sticky`` are the route's wishes, ``follow_up`` its callback.
 
-    Raises LeaseLost, UnpackableResult, ResultTooLarge; and what an iterator of bytes raises on its way.
+    Answers the payloads if they are wanted, which is instead of a callback. Raises LeaseLost, UnpackableResult,
+    ResultTooLarge; and what an iterator of bytes raises on its way.
     """
     owner = str(attempt.token)
     envelope, inline = yield from _stage(core, attempt.key, owner, value)
-    yield core.calls.complete(attempt, envelope, inline, sticky=sticky, ttl_ms=ms(ttl or 0))
+    payloads: list[bytes] = yield core.calls.complete(
+        attempt,
+        envelope,
+        inline,
+        sticky=sticky,
+        ttl_ms=ms(ttl or 0),
+        follow_up=follow_up,
+        wants_payloads=wants_payloads,
+    )
+    return [codec.unpack(packed) for packed in payloads]
 
 
 def put(core: Core, request: BatchRequest | str, value: Any) -> Flow[Key]:
@@ -552,15 +612,22 @@ def _stage(core: Core, key: Key, owner: str, value: Any) -> Flow[tuple[codec.Env
 
 
 def fail(
-    core: Core, attempt: Attempt, error: bytes, *, failure_ttl: float | None = None, negative_ttl: float | None = None
+    core: Core,
+    attempt: Attempt,
+    error: bytes,
+    *,
+    failure_ttl: float | None = None,
+    negative_ttl: float | None = None,
+    follow_ups: Sequence[NextUp] = (),
 ) -> Flow[None]:
-    """End the request without a result. Raises LeaseLost."""
+    """End the request without a result; ``follow_ups`` are of who is to be told. Raises LeaseLost."""
     settings = core.settings
     yield core.calls.fail(
         attempt,
         error,
         failure_ttl_ms=ms(settings.failure_ttl if failure_ttl is None else failure_ttl),
         negative_ms=ms(settings.negative_ttl if negative_ttl is None else negative_ttl),
+        follow_ups=follow_ups,
     )
 
 

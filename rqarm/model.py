@@ -53,6 +53,18 @@ class Priority(IntEnum):
     LOW = 2
 
 
+class FollowUp(StrEnum):
+    """What a request can be followed by: a request of its own that is about it."""
+
+    CALLBACK = "callback"
+    FAILURE = "failure"
+    QUARANTINE = "quarantine"
+
+
+#: how the operations of follow-ups begin; no handler of a user can be for them
+OWN_OPERATION = "rqarm:"
+
+
 #: verb -> {state before: state after}; what is not listed is refused and writes nothing. A submit of what is completed
 #: moves only when it insists (resubmit) or the result is gone; ``crash`` ends in ``failed`` at its limit; ``admit``
 #: moves only when there is no place; ``put`` goes from every state to ``completed``.
@@ -71,6 +83,7 @@ TRANSITIONS: dict[str, dict[State, State]] = {
     "fail": {State.IN_PROGRESS: State.FAILED},
     "retry": {State.IN_PROGRESS: State.PENDING},
     "release": {State.IN_PROGRESS: State.PENDING},
+    "conclude": {State.IN_PROGRESS: State.UNKNOWN},
     "revive": {State.PENDING: State.PENDING},
     "crash": {State.IN_PROGRESS: State.PENDING},
     "cancel": {State.PENDING: State.CANCELLED, State.IN_PROGRESS: State.CANCELLED},

@@ -7,7 +7,7 @@ import socket
 import threading
 from typing import Any
 
-from rqarm import codec, flows
+from rqarm import codec, flows, followups
 from rqarm.calls import Attempt
 from rqarm.flows import Core
 from rqarm.model import Key, Token
@@ -59,13 +59,15 @@ class Lease(_Held):
         progress = None if fraction is None else (fraction, message)
         self._shell.run(flows.renew(self._core, self._attempt, progress))
 
-    def finish(self, value: Any, *, ttl: float | None = None, sticky: bool = False) -> None:
-        """Store the result and wake the waiters. ``ttl`` in seconds counts when the request does not say.
+    def finish(self, value: Any, *, ttl: float | None = None, sticky: bool = False) -> list[Any]:
+        """Store the result and wake the waiters; the payloads of all who submitted the request, in no order.
 
+        What a callback would do with them is yours to do. ``ttl`` in seconds counts when the request does not say.
         Raises LeaseLost; UnpackableResult and ResultTooLarge leave the lease as it is.
         """
-        self._shell.run(flows.finish(self._core, self._attempt, value, sticky=sticky, ttl=ttl))
+        payloads = self._shell.run(followups.finish(self._core, self._attempt, value, sticky=sticky, ttl=ttl))
         self._is_ended = True
+        return payloads
 
     def fail(self, error: BaseException | str, *, negative_ttl: float | None = None) -> None:
         """End the request without a result; for ``negative_ttl`` seconds the error answers it. Raises LeaseLost."""
@@ -134,9 +136,10 @@ class AsyncLease(_Held):
         progress = None if fraction is None else (fraction, message)
         await self._shell.run(flows.renew(self._core, self._attempt, progress))
 
-    async def finish(self, value: Any, *, ttl: float | None = None, sticky: bool = False) -> None:
-        await self._shell.run(flows.finish(self._core, self._attempt, value, sticky=sticky, ttl=ttl))
+    async def finish(self, value: Any, *, ttl: float | None = None, sticky: bool = False) -> list[Any]:
+        payloads = await self._shell.run(followups.finish(self._core, self._attempt, value, sticky=sticky, ttl=ttl))
         self._is_ended = True
+        return payloads
 
     async def fail(self, error: BaseException | str, *, negative_ttl: float | None = None) -> None:
         packed = _packed("Failed", error)

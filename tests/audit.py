@@ -25,7 +25,7 @@ STRIDE = 2.5e15
 RADIX = 128
 IN_FLIGHT = ("pending", "in_progress")
 #: keys of ours that may carry a TTL: a result and its record, and the throttle of the sweep
-MAY_EXPIRE = ("status:", "result:", "chunk:", "callbacks:", "swept")
+MAY_EXPIRE = ("status:", "result:", "chunk:", "callbacks:", "followup:", "swept")
 RQ_LIST = "rq:queue:"
 TICKET = re.compile(r"^(?P<key>[A-Za-z0-9_-]+)-[0-9a-f]{8}$")
 
@@ -83,7 +83,7 @@ class _Audit:
                 own = name.removeprefix(self.keys.prefix)
                 self._check(own.startswith(MAY_EXPIRE), f"{name} has a TTL")
         for key in self._in_state(*IN_FLIGHT):
-            for kind in ("status", "callbacks"):
+            for kind in ("status", "callbacks", "followup"):
                 expires = self._expiry(kind, key=key)
                 self._check(expires in (-1, None), f"{kind} of {key} in flight has a TTL")
 
@@ -136,6 +136,9 @@ class _Audit:
         index, sizes = self._zset("results"), self._zset("sizes")
         prefix = self.keys.named("result", key="")
         results = {n.removeprefix(prefix): entry for n, entry in self.stored.items() if n.startswith(prefix)}
+        # by callbacks that have not run yet
+        prefix = self.keys.named("followup", key="")
+        needed = {entry[1].get(b"of", b"").decode() for n, entry in self.stored.items() if n.startswith(prefix)}
         for key, (_, value, expires) in results.items():
             fields = _texts(value)
             record = self.records.get(key, {})
@@ -146,7 +149,8 @@ class _Audit:
             self._check(sticky == (expires < 0), f"{key}: sticky is {sticky}, it expires at {expires}")
             for n in range(int(fields.get("chunks", 0))):
                 chunk = self._expiry("chunk", key=key, owner=fields["owner"], n=str(n))
-                self._check(chunk == expires, f"{key}: chunk {n} expires at {chunk}, the result at {expires}")
+                is_right = chunk == expires or (chunk is not None and key in needed and chunk > expires)
+                self._check(is_right, f"{key}: chunk {n} expires at {chunk}, the result at {expires}")
         for key, due_ms in index.items():
             if key not in results and due_ms > self.now_ms:
                 state = self.records.get(key, {}).get("state", "unknown")
@@ -164,6 +168,9 @@ class _Audit:
             self._check(not marked or record.get("state") == "failed", f"{key} is marked as quarantined")
         for key in aside:
             self._check(self._expiry("status", key=key) == -1, f"{key} is quarantined and expires")
+        for kind in ("failure", "quarantine"):
+            waiting = self._zset("unattended", follow_up=kind).keys()
+            self._check(waiting <= aside, f"unattended {sorted(waiting)}, quarantined {sorted(aside)}")
 
     def _limits(self) -> None:
         """Each limit's places and those who wait for one; nobody waits while there is room."""

@@ -15,12 +15,12 @@ from typing import Any
 import redis
 from redis.exceptions import NoScriptError
 
-from rqarm import codec, flows
-from rqarm.calls import Attempt, Batch, Call, Command, Found, ParkingTicket, Taken, Ticket
+from rqarm import codec, flows, followups
+from rqarm.calls import Attempt, Batch, Call, Command, Found, NextUp, ParkingTicket, Taken, Ticket
 from rqarm.config import Settings
 from rqarm.flows import Core, Emit, Flow
 from rqarm.keys import Keys
-from rqarm.model import Key, Priority, State, Token
+from rqarm.model import FollowUp, Key, Priority, State, Token
 from rqarm.request import BatchRequest, as_request
 from rqarm.rqjobs import RqJobs
 
@@ -156,7 +156,7 @@ class Rig:
     ) -> Call[Taken]:
         return self.calls.take(lists, execution or secrets.token_hex(8), worker, worker, LEASE_MS, for_rq=for_rq)
 
-    def complete(self, attempt: Attempt, value: Any = "value", *, sticky: bool = False, ttl_ms: int = 0) -> Call[str]:
+    def complete(self, attempt: Attempt, value: Any = "value", *, sticky: bool = False, ttl_ms: int = 0) -> Call[list[bytes]]:
         encoded = codec.encode(value, self.settings)
         assert encoded.inline is not None
         return self.calls.complete(attempt, encoded.envelope, encoded.inline, sticky=sticky, ttl_ms=ttl_ms)
@@ -178,6 +178,17 @@ class Rig:
 
     def crash(self, key: Key, token: Token | None, ticket: Ticket) -> Call[str]:
         return self.calls.crash(key, token, ticket, delay_ms=0, error=ERROR)
+
+    def follow_up(self, attempt: Attempt, kind: FollowUp = FollowUp.CALLBACK, number: int | None = None) -> NextUp:
+        """The follow-up of an attempt's end."""
+        end = int(attempt.token) if number is None else number
+        return followups._follow_up(self.core, kind, attempt.request, attempt.key, end, attempt.queue, attempt.priority)
+
+    def attend(self, attempt: Attempt, kind: FollowUp, since: int | None = None) -> Call[str]:
+        """Tell of the failure that waits now, or of another one."""
+        score = self.client.zscore(self.named("unattended", follow_up=kind), attempt.key)
+        end = int(score or 1) if since is None else since
+        return self.calls.attend(attempt.key, kind, end, self.follow_up(attempt, kind, end))
 
     def put(self, request: BatchRequest, owner: str, value: Any = "put") -> Call[None]:
         encoded = codec.encode(value, self.settings)

@@ -26,7 +26,7 @@ from rqarm import RequestManager, codec, connect, embedded, flows
 from rqarm.calls import Attempt, Call, Found, Overdue, Ticket
 from rqarm.errors import ForeignData, KeyConflict, LeaseLost, RqarmError
 from rqarm.keys import URI_FIELDS
-from rqarm.model import TRANSITIONS, Key, Outcome, Priority, State, Token
+from rqarm.model import TRANSITIONS, FollowUp, Key, Outcome, Priority, State, Token
 from rqarm.request import BatchRequest
 from rqarm.scripts import all_scripts, script
 
@@ -61,6 +61,11 @@ retry same          lost        already     already     already     already     
 release mine        lost        lost        lost        released*   lost        released*
 release other       lost        lost        lost        lost        lost        lost
 release same        lost        already     already     already     already     already
+conclude mine       already     lost        lost        concluded*  lost        concluded*
+conclude other      already     lost        lost        lost        lost        lost
+attend failure      already     already     already     already     already     already
+attend quarantine   already     already     already     already     already     already
+attend other        already     already     already     already     already     already
 crash mine          alive       alive       alive       requeued*   alive       requeued*
 crash other         alive       alive       alive       alive       alive       alive
 crash clock         alive       alive       alive       alive       alive       requeued*
@@ -106,6 +111,11 @@ retry same          already     already     already     already     already     
 release mine        lost        lost        lost        lost        lost        lost        lost
 release other       lost        lost        lost        lost        lost        lost        lost
 release same        already     already     already     already     already     already     already
+conclude mine       lost        lost        lost        lost        lost        lost        lost
+conclude other      lost        lost        lost        lost        lost        lost        lost
+attend failure      already     already     already     already     already     attended*   already
+attend quarantine   already     already     already     already     already     attended*   already
+attend other        already     already     already     already     already     already     already
 crash mine          alive       alive       alive       alive       alive       alive       alive
 crash other         alive       alive       alive       alive       alive       alive       alive
 crash clock         alive       alive       alive       alive       alive       alive       alive
@@ -151,6 +161,11 @@ retry same          already     already     already     already
 release mine        released*   released*   lost        lost
 release other       lost        lost        lost        lost
 release same        already     already     already     already
+conclude mine       concluded*  concluded*  lost        lost
+conclude other      lost        lost        lost        lost
+attend failure      already     already     already     already
+attend quarantine   already     already     already     already
+attend other        already     already     already     already
 crash mine          requeued*   requeued*   alive       alive
 crash other         alive       alive       alive       alive
 crash clock         alive       alive       alive       alive
@@ -194,6 +209,8 @@ SECOND_WORD = {
     ("release", "released"): "already",
     ("crash", "requeued"): "already",
     ("revive", "revived"): "already",
+    ("conclude", "concluded"): "already",
+    ("attend", "attended"): "already",
     ("cancel", "cancelled"): "ended",
     ("forget", "forgotten"): "unknown",
 }
@@ -235,6 +252,11 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             return rig.retry(attempt, same if variant == "same" else ticket)
         case "release", _:
             return rig.calls.release(attempt, same if variant == "same" else ticket)
+        case "conclude", _:
+            return rig.calls.conclude(attempt)
+        case "attend", _:
+            kind = FollowUp.QUARANTINE if variant == "quarantine" else FollowUp.FAILURE
+            return rig.attend(mine, kind, since=1 if variant == "other" else None)
         case "crash", _:
             token = None if variant == "clock" else attempt.token
             return rig.crash(key, token, same if variant == "same" else ticket)
@@ -810,7 +832,7 @@ def test_a_torn_result_is_refused_and_leaves_the_attempt_as_it_was(redis_client:
         rig.ask(step)
     assert stored(rig) == before
     rig.ask(staged[1])
-    assert rig.ask(step) == "stored", "written again, it is committed"
+    assert rig.word(step) == "stored", "written again, it is committed"
 
 
 def test_a_new_result_takes_the_pieces_of_the_old_one_with_it(redis_client: redis.Redis) -> None:

@@ -20,7 +20,7 @@ if claim.state ~= 'pending' and claim.state ~= 'in_progress' then return {'ended
 land(key, claim)
 redis.call('HSET', status, 'state', 'cancelled', 'ended_ms', int(now_ms))
 redis.call('PEXPIRE', status, failure_ttl_ms)
-redis.call('UNLINK', callbacks_name(key))
+redis.call('UNLINK', callbacks_name(key), followup_name(key))
 wake(key, 'cancelled')
 count('executions', 'cancelled')
 event('cancel', key, 'cancelled')

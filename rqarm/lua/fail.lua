@@ -8,14 +8,16 @@
 -- ARGV error           bytes  packed: type, message, traceback
 -- ARGV failure_ttl_ms  int    how long the record can be inspected
 -- ARGV negative_ms     int    how long the error answers the same request; 0 = not at all
+-- ARGV follow_ups      bytes  of who wants to be told: key, identity, request, job id, RQ's commands, data; to the end
 --
 -- Returns {'failed'} | {'already'} | {'lost', state}
 
 local status = KEYS[1]
 local key, token, err = ARGV[2], ARGV[3], ARGV[4]
 local failure_ttl_ms, negative_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
+local follow_ups = {unpack(ARGV, 7)}
 
-local claim = record(key, 'state', 'token', 'done_token', 'queue', 'slot', 'est_ms', 'limit')
+local claim = record(key, 'state', 'token', 'done_token', 'queue', 'priority', 'slot', 'est_ms', 'limit')
 
 if claim.state == 'failed' and claim.done_token == token then return {'already'} end
 if claim.state ~= 'in_progress' or claim.token ~= token then return {'lost', claim.state or 'unknown'} end
@@ -25,7 +27,9 @@ redis.call('HSET', status, 'state', 'failed', 'ended_ms', int(now_ms), 'error', 
 if negative_ms > 0 then redis.call('HSET', status, 'negative_until', int(now_ms + negative_ms)) end
 -- The record outlives its negative answer, whichever of the two is longer.
 redis.call('PEXPIRE', status, int(math.max(failure_ttl_ms, negative_ms)))
+if follow_ups[1] then follow(key, follow_ups, claim, false, {'error', err}) end
 redis.call('PEXPIRE', callbacks_name(key), int(failure_ttl_ms))
+redis.call('PEXPIRE', followup_name(key), int(failure_ttl_ms))
 wake(key, 'failed')
 count('executions', 'failed')
 event('fail', key, 'failed')

@@ -229,6 +229,7 @@ local function begin(key, fields, exec, worker, lease_ms)
   if fields.state == 'failed' then
     redis.call('PERSIST', status)
     redis.call('PERSIST', callbacks_name(key))
+    redis.call('PERSIST', followup_name(key))
     redis.call('HDEL', status, 'ended_ms')
   end
   if fields.due_ms then redis.call('HDEL', status, 'due_ms') end
@@ -240,10 +241,17 @@ local function begin(key, fields, exec, worker, lease_ms)
   event('start', key, 'in_progress')
 end
 
+-- Out of the quarantine, whatever the reason. Who has not been told of it by now will not be.
+local function readmit(key)
+  redis.call('ZREM', quarantine_name(), key)
+  redis.call('ZREM', unattended_name('failure'), key)
+  redis.call('ZREM', unattended_name('quarantine'), key)
+end
+
 -- The ticket of a failed request was put back: it starts anew.
 local function revoke_failure(key, fields)
   redis.call('HDEL', status_name(key), 'error', 'quarantined', 'negative_until', 'crashes', 'retries')
-  redis.call('ZREM', quarantine_name(), key)
+  readmit(key)
   fields.crashes, fields.retries = nil, nil
 end
 
@@ -278,6 +286,10 @@ local function set_aside(key, fields, err)
   land(key, fields)
   redis.call('HSET', status_name(key), 'state', 'failed', 'quarantined', '1', 'ended_ms', int(now_ms), 'error', err)
   redis.call('ZADD', quarantine_name(), int(now_ms), key)
+  -- Whoever sees the death need not know the routes: a worker that does tells those who want to hear of it.
+  local since = int(next_seq())
+  redis.call('ZADD', unattended_name('failure'), since, key)
+  redis.call('ZADD', unattended_name('quarantine'), since, key)
   wake(key, 'failed')
 end
 
@@ -290,6 +302,41 @@ local function drop_result(key)
   if size then
     redis.call('ZREM', sizes_name(), key)
     redis.call('HINCRBY', stats_name('cache'), 'bytes', int(-tonumber(size)))
+  end
+end
+
+-- A claim is written: the record, its place in line, RQ's job.
+local function enter(key, uri, request, job_id, commands, data, queue, priority, ticket, est_ms, sticky, ttl_ms,
+  fallback_ttl_ms)
+  local slot = line_up(key, queue, priority, ticket, est_ms)
+  redis.call('HSET', status_name(key), 'state', 'pending', 'request', request, 'job_id', job_id, 'queue', queue,
+    'priority', int(priority), 'sticky', sticky, 'ttl_ms', int(ttl_ms), 'fallback_ttl_ms', int(fallback_ttl_ms),
+    'est_ms', int(est_ms), 'ticket', int(ticket), 'slot', slot, 'submitted_ms', int(now_ms), 'pushed_ms', int(now_ms),
+    uri_fields(uri))
+  replay(commands, data)
+  event('submit', key, 'pending')
+end
+
+-- In steps, because unpack has a limit.
+local function copy_hash(from, to)
+  local flat = redis.call('HGETALL', from)
+  for i = 1, #flat, 4000 do redis.call('HSET', to, unpack(flat, i, math.min(i + 3999, #flat))) end
+end
+
+-- Follow-ups: requests about a request that has ended, each given as six values. The payloads go with them; a copy, where
+-- the request may run again. What else they must know is in `about`, field and value.
+local function follow(key, follow_ups, fields, is_copy, about)
+  for i = 1, #follow_ups - 5, 6 do
+    local follow_up, uri, request, job_id, commands, data = unpack(follow_ups, i, i + 5)
+    if is_copy or i + 6 < #follow_ups then
+      copy_hash(callbacks_name(key), callbacks_name(follow_up))
+    elseif redis.call('EXISTS', callbacks_name(key)) == 1 then
+      redis.call('RENAME', callbacks_name(key), callbacks_name(follow_up))
+      redis.call('PERSIST', callbacks_name(follow_up))
+    end
+    redis.call('HSET', followup_name(follow_up), 'of', key, unpack(about))
+    enter(follow_up, uri, request, job_id, commands, data, fields.queue, tonumber(fields.priority), next_seq(), 0, '0',
+      0, 0)
   end
 end
 

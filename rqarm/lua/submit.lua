@@ -141,20 +141,14 @@ local function claim_it()
     if state == 'completed' or redis.call('EXISTS', result_name(key)) == 1 then drop_result(key) end
     redis.call('DEL', status)
     redis.call('PERSIST', callbacks_name(key))
-    redis.call('ZREM', quarantine_name(), key)
+    readmit(key)
   end
   if est_ms == 0 then
     local learned = redis.call('HMGET', stats_name('runtime'), family, '*')
     est_ms = tonumber(learned[1] or nil) or tonumber(learned[2] or nil) or 0
   end
-  local slot = line_up(key, queue, priority, ticket, est_ms)
-  redis.call('HSET', status, 'state', 'pending', 'request', request, 'job_id', job_id, 'queue', queue,
-    'priority', int(priority), 'sticky', sticky, 'ttl_ms', int(ttl_ms), 'fallback_ttl_ms', int(fallback_ttl_ms),
-    'est_ms', int(est_ms), 'ticket', int(ticket), 'slot', slot, 'submitted_ms', int(now_ms), 'pushed_ms', int(now_ms),
-    uri_fields(uri))
   keep_payload()
-  replay(commands, data)
-  event('submit', key, 'pending')
+  enter(key, uri, request, job_id, commands, data, queue, priority, ticket, est_ms, sticky, ttl_ms, fallback_ttl_ms)
 end
 
 local outcome, extra

@@ -26,13 +26,13 @@ import redis
 import rq
 from rq.job import Job
 
-from rqarm import codec, flows
+from rqarm import codec, flows, followups
 from rqarm.calls import Attempt
 from rqarm.codec import Result
 from rqarm.context import Context, RetryLater
 from rqarm.errors import ConfigError, InvalidRequest, LeaseLost, NoHandler, ResultTooLarge, RqarmError, UnpackableResult
 from rqarm.flows import Core
-from rqarm.handlers import Handlers, Match, Route
+from rqarm.handlers import FollowUpMatch, Handlers, Match, Route
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
 from rqarm.rqjobs import key_of
@@ -44,7 +44,7 @@ log = logging.getLogger("rqarm.worker")
 T = TypeVar("T")
 
 #: errors that the same arguments bring again: retrying them burns workers
-HOPELESS = (ConfigError, InvalidRequest, NoHandler, UnpackableResult, ResultTooLarge)
+HOPELESS = (ConfigError, InvalidRequest, NoHandler, UnpackableResult, ResultTooLarge, followups.FollowUpLost)
 #: longest wait in seconds before a server that refused the end of an attempt is told again
 PATIENCE = 1.0
 
@@ -157,8 +157,15 @@ def _sweep_now_and_then(manager: RequestManager) -> None:
     """A plain RQ worker has no maintenance of ours: whoever has just run a job looks for the dead, if nobody has."""
     try:
         manager.shell.run(flows.sweep_if_due(manager.core))
+        attend(manager)
     except (redis.exceptions.RedisError, RqarmError) as error:
         log.warning("the sweep did not run: %s", error)
+
+
+def attend(manager: RequestManager) -> None:
+    """See to failures of which nobody has been told. Raises RedisError, RqarmError."""
+    if made := manager.shell.run(followups.attend(manager.core, handlers())):
+        log.info("%d follow-ups of requests whose processes had died were queued", made)
 
 
 @contextmanager
@@ -294,14 +301,22 @@ class Execution:
                 self._tell("parked", route)
                 return
             self._check()
+            if isinstance(match, FollowUpMatch):
+                match = yield from self._insist(followups.prepare(self.core, self.attempt, match))
             value = yield Handle(match)
             self._check()
-            yield from self._insist(flows.finish(self.core, self.attempt, value, sticky=route.sticky, ttl=route.ttl))
+            yield from self._insist(self._finish(match, value))
             self._tell("completed", route)
         except LeaseLost as lost:
             self._tell("given up", route, lost)
         except BaseException as error:  # noqa: BLE001 -- whatever a handler raises, its request must end
             yield from self._end_badly(error, route)
+
+    def _finish(self, match: Match, value: Any) -> flows.Flow[Any]:
+        if isinstance(match, FollowUpMatch):
+            return followups.conclude(self.core, self.attempt)
+        route, follow_up = match.route, followups.callback(self.core, self.attempt, match)
+        return flows.finish(self.core, self.attempt, value, sticky=route.sticky, ttl=route.ttl, follow_up=follow_up)
 
     def _check(self) -> None:
         """A handler that stopped early because the attempt is lost may have returned half of its answer."""
@@ -435,7 +450,14 @@ class Execution:
         failure_ttl = route.failure_ttl if route is not None else None
         negative_ttl = route.negative_ttl if route is not None else None
         yield from self._insist(
-            flows.fail(self.core, self.attempt, packed, failure_ttl=failure_ttl, negative_ttl=negative_ttl)
+            flows.fail(
+                self.core,
+                self.attempt,
+                packed,
+                failure_ttl=failure_ttl,
+                negative_ttl=negative_ttl,
+                follow_ups=followups.on_failure(self.core, self.attempt, handlers()),
+            )
         )
 
     def _insist(self, flow: flows.Flow[T]) -> Generator[Any, Any, T]:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("rqarm.worker")
 
 #: the transitions with which an attempt ends: the next one is taken in the same round trip
-ENDINGS = frozenset({"complete", "fail", "retry", "release"})
+ENDINGS = frozenset({"complete", "conclude", "fail", "retry", "release"})
 #: outcomes of which the transition does not delete RQ's job of the old ticket
 LEAVING_A_JOB = ("given up", "parked")
 #: longest wait in seconds before a server that refused is asked again

@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 from rq.worker import WorkerStatus
 
-from rqarm import codec, flows
+from rqarm import codec, flows, followups
 from rqarm.calls import Attempt, Batch, Taken, UnreadableRequest, ms
 from rqarm.errors import LeaseLost, RequestUnknown, RqarmError
 from rqarm.handlers import Route
@@ -511,7 +511,8 @@ class Stable:
             if run.death == "time limit":
                 message = f"the handler did not stop at its limit of {run.turn.limit:g} s and was killed"
                 outcome, error = "failed", TimeLimit(message)
-                shell.run(flows.fail(core, attempt, codec.pack_error(TimeLimit, message, "")))
+                told = followups.on_failure(core, attempt, execution.handlers())
+                shell.run(flows.fail(core, attempt, codec.pack_error(TimeLimit, message, ""), follow_ups=told))
             elif run.death == "stopped":
                 outcome = "cancelled"
                 shell.run(flows.cancel(core, attempt.key))
@@ -523,6 +524,8 @@ class Stable:
                 outcome = shell.run(flows.crash(core, attempt, codec.pack_error("WorkHorseDied", obituary, "")))
                 if outcome not in ("requeued", "quarantined"):
                     raise LeaseLost(attempt.key, outcome)
+                if outcome == "quarantined":
+                    execution.attend(self.manager)
             else:
                 outcome = f"given up ({run.death})"
                 shell.run(flows.drop_job(core, attempt))
