@@ -156,7 +156,9 @@ class Rig:
     ) -> Call[Taken]:
         return self.calls.take(lists, execution or secrets.token_hex(8), worker, worker, LEASE_MS, for_rq=for_rq)
 
-    def complete(self, attempt: Attempt, value: Any = "value", *, sticky: bool = False, ttl_ms: int = 0) -> Call[list[bytes]]:
+    def complete(
+        self, attempt: Attempt, value: Any = "value", *, sticky: bool = False, ttl_ms: int = 0
+    ) -> Call[list[bytes]]:
         encoded = codec.encode(value, self.settings)
         assert encoded.inline is not None
         return self.calls.complete(attempt, encoded.envelope, encoded.inline, sticky=sticky, ttl_ms=ttl_ms)
