@@ -85,6 +85,7 @@ class ParkingTicket(Ticket):
 class NextUp:
     """A follow-up that the end of a request makes, should it come to that: the request, its identity, its ticket."""
 
+    kind: FollowUp
     request: BatchRequest
     identity: Canonical
     ticket: Ticket
@@ -93,7 +94,7 @@ class NextUp:
     def argv(self) -> tuple[Any, ...]:
         packed = self.request.pack_beside(self.identity.text)
         ticket = self.ticket
-        return (self.identity.key, self.identity.text, packed, ticket.job_id, ticket.commands, ticket.data)
+        return (self.kind, self.identity.key, self.identity.text, packed, ticket.job_id, ticket.commands, ticket.data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,17 +436,17 @@ class Calls:
         ttl_ms: int,
         follow_up: NextUp | None = None,
         wants_payloads: bool = False,
-    ) -> Call[list[bytes]]:
-        """Store the result; the packed payloads if they are wanted. ``follow_up``: the callback.
+    ) -> Call[list[Any]]:
+        """Store the result; the payloads if they are wanted. ``follow_up``: the callback.
 
         Raises LeaseLost, and RqarmError when chunks are missing.
         """
 
-        def parse(reply: Any) -> list[bytes]:
+        def parse(reply: Any) -> list[Any]:
             word, *rest = _held(attempt.key, _words("complete", reply))
             if word == "torn":
                 raise _torn(attempt.key, rest[0])
-            return list(rest[0]) if rest and rest[0] else []
+            return [codec.unpack(packed) for packed in (rest[0] if rest and rest[0] else ())]
 
         job = self._own_job(attempt)
         argv = (attempt.token, int(sticky), ttl_ms, attempt.request.family, job, *_envelope_argv(envelope, inline))
@@ -507,9 +508,10 @@ class Calls:
         argv = ("HMGET", self.keys.named("followup", key=key), "of", "error", "owner", "envelope", "bytes")
         return Command(argv, parse)
 
-    def payloads(self, key: Key) -> Command[list[bytes]]:
-        """The packed payloads of a claim or of a follow-up, in no order."""
-        return Command(("HVALS", self.keys.named("callbacks", key=key)), list)
+    def payloads(self, key: Key) -> Command[list[Any]]:
+        """The payloads that were submitted with a request, in no order."""
+        name = self.keys.named("callbacks", key=key)
+        return Command(("HVALS", name), lambda reply: [codec.unpack(packed) for packed in reply])
 
     def conclude(self, attempt: Attempt) -> Call[str]:
         """End a follow-up that has run: ``concluded`` | ``already``. Raises LeaseLost."""
@@ -545,9 +547,9 @@ class Calls:
         fields = ("state", "queue", "priority", "request", *URI_FIELDS)
         return Command(("HMGET", self.keys.status(key), *fields), parse)
 
-    def attend(self, key: Key, kind: FollowUp, since: int, follow_up: NextUp) -> Call[str]:
+    def attend(self, key: Key, since: int, follow_up: NextUp) -> Call[str]:
         """Tell somebody of a failure: ``attended`` | ``already``."""
-        return self._call("attend", key, (kind, since, *follow_up.argv), _word("attend"))
+        return self._call("attend", key, (since, *follow_up.argv), _word("attend"))
 
     # -- healing
 

@@ -574,7 +574,7 @@ def finish(
     """
     owner = str(attempt.token)
     envelope, inline = yield from _stage(core, attempt.key, owner, value)
-    payloads: list[bytes] = yield core.calls.complete(
+    payloads: list[Any] = yield core.calls.complete(
         attempt,
         envelope,
         inline,
@@ -583,7 +583,7 @@ def finish(
         follow_up=follow_up,
         wants_payloads=wants_payloads,
     )
-    return [codec.unpack(packed) for packed in payloads]
+    return payloads
 
 
 def put(core: Core, request: BatchRequest | str, value: Any) -> Flow[Key]:

@@ -46,16 +46,16 @@ def on_failure(core: Core, attempt: Attempt, handlers: Handlers) -> tuple[NextUp
     return (_of_attempt(core, FollowUp.FAILURE, attempt),)
 
 
-def prepare(core: Core, attempt: Attempt, match: FollowUpMatch) -> Flow[FollowUpMatch]:
-    """Fetch what the function of a follow-up is given. Raises FollowUpLost."""
+def prepare(core: Core, attempt: Attempt, match: FollowUpMatch) -> Flow[FollowUpMatch | None]:
+    """Fetch what the function of a follow-up is given; None when there is nothing left to do. Raises FollowUpLost."""
     about: About | None
-    packed: list[bytes]
-    about, packed = yield Batch((core.calls.about(attempt.key), core.calls.payloads(attempt.key)))
+    payloads: list[Any]
+    about, payloads = yield Batch((core.calls.about(attempt.key), core.calls.payloads(attempt.key)))
     if about is None:
         raise FollowUpLost(f"nothing is known of what {attempt.key!r} is about: it was submitted by hand, or deleted")
     if match.kind is FollowUp.QUARANTINE:
-        return match.given(about.of, (yield from _entry(core, about)))
-    payloads = [codec.unpack(each) for each in packed]
+        entry = yield from _entry(core, about.of)
+        return None if entry is None else match.given(about.of, entry)
     if match.kind is FollowUp.FAILURE:
         return match.given(about.of, codec.unpack_error(about.error), payloads)
     if about.stored is None:
@@ -104,7 +104,7 @@ def _attend_kind(core: Core, handlers: Handlers, kind: FollowUp) -> Flow[int]:
         for (key, since), each in zip(page, found, strict=True):
             if each.state == State.FAILED and each.request is not None and _wants(handlers, kind, each.request):
                 follow_up = _follow_up(core, kind, each.request, key, since, each.queue, each.priority)
-                calls.append(core.calls.attend(key, kind, since, follow_up))
+                calls.append(core.calls.attend(key, since, follow_up))
         if calls:
             words: list[str] = yield Batch(tuple(calls))
             made += words.count("attended")
@@ -137,17 +137,13 @@ def _follow_up(
         request.uri, request.params, operation=operation, key=f"cb-{digest}", queue=queue, priority=priority
     )
     identity = core.identify(about)
-    return NextUp(about, identity, core.jobs.enqueue(identity.key, core.describe(about), queue, priority))
+    return NextUp(kind, about, identity, core.jobs.enqueue(identity.key, core.describe(about), queue, priority))
 
 
-def _entry(core: Core, about: About) -> Flow[Any]:
-    """What the consumer of the quarantine is given."""
-    found = yield core.calls.read(about.of, with_value=False)
-    payloads: list[bytes] = yield core.calls.payloads(about.of)
-    return {
-        "key": about.of,
-        "uri": found.status.uri,
-        "error": codec.unpack_error(about.error),
-        "attempts": found.status.attempts,
-        "payloads": [codec.unpack(each) for each in payloads],
-    }
+def _entry(core: Core, key: Key) -> Flow[Any]:
+    """What the consumer of the quarantine is given; None when the request has left the quarantine since."""
+    found, payloads = yield Batch((core.calls.read(key, with_value=False), core.calls.payloads(key)))
+    status = found.status
+    if not status.quarantined:
+        return None
+    return {"key": key, "uri": status.uri, "error": status.error, "attempts": status.attempts, "payloads": payloads}

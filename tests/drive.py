@@ -157,14 +157,24 @@ class Rig:
         return self.calls.take(lists, execution or secrets.token_hex(8), worker, worker, LEASE_MS, for_rq=for_rq)
 
     def complete(
-        self, attempt: Attempt, value: Any = "value", *, sticky: bool = False, ttl_ms: int = 0
-    ) -> Call[list[bytes]]:
+        self,
+        attempt: Attempt,
+        value: Any = "value",
+        *,
+        sticky: bool = False,
+        ttl_ms: int = 0,
+        follow_up: NextUp | None = None,
+    ) -> Call[list[Any]]:
         encoded = codec.encode(value, self.settings)
         assert encoded.inline is not None
-        return self.calls.complete(attempt, encoded.envelope, encoded.inline, sticky=sticky, ttl_ms=ttl_ms)
+        return self.calls.complete(
+            attempt, encoded.envelope, encoded.inline, sticky=sticky, ttl_ms=ttl_ms, follow_up=follow_up
+        )
 
-    def fail(self, attempt: Attempt, *, negative_ms: int = 0) -> Call[str]:
-        return self.calls.fail(attempt, ERROR, failure_ttl_ms=86_400_000, negative_ms=negative_ms)
+    def fail(self, attempt: Attempt, *, negative_ms: int = 0, follow_ups: Sequence[NextUp] = ()) -> Call[str]:
+        return self.calls.fail(
+            attempt, ERROR, failure_ttl_ms=86_400_000, negative_ms=negative_ms, follow_ups=follow_ups
+        )
 
     def admit(
         self, attempt: Attempt, max_running: int = 1, limit: str = LIMIT, ticket: ParkingTicket | None = None
@@ -190,7 +200,7 @@ class Rig:
         """Tell of the failure that waits now, or of another one."""
         score = self.client.zscore(self.named("unattended", follow_up=kind), attempt.key)
         end = int(score or 1) if since is None else since
-        return self.calls.attend(attempt.key, kind, end, self.follow_up(attempt, kind, end))
+        return self.calls.attend(attempt.key, end, self.follow_up(attempt, kind, end))
 
     def put(self, request: BatchRequest, owner: str, value: Any = "put") -> Call[None]:
         encoded = codec.encode(value, self.settings)

@@ -32,8 +32,8 @@ from hypothesis.stateful import (
 )
 
 from rqarm import connect, embedded, flows
-from rqarm.calls import Attempt, Call, Command, Overdue, Ticket
-from rqarm.model import Key, Priority, State
+from rqarm.calls import Attempt, Call, Command, NextUp, Overdue, Ticket
+from rqarm.model import FollowUp, Key, Priority, State, Token
 from rqarm.request import BatchRequest
 
 EXAMPLES = int(os.environ.get("RQARM_EXPLORE", "0"))
@@ -82,6 +82,7 @@ class Record:
     life_ms: int = 0
     moved_by: str = ""
     aside_by: str = ""
+    untold: set[FollowUp] = field(default_factory=set)  # who has not been told that it was set aside
     place: str = ""  # under the limit: running, called, parked
 
     @property
@@ -128,6 +129,8 @@ REACHED = {
     ("retry", "retried already lost"),
     ("release", "released already lost"),
     ("crash", "requeued quarantined already alive"),
+    ("conclude", "concluded already"),
+    ("attend", "attended already"),
     ("revive", "revived already alive"),
     ("cancel", "cancelled ended unknown"),
     ("forget", "forgotten in_flight unknown"),
@@ -214,6 +217,7 @@ class Machine(RuleBasedStateMachine):
         record.state, record.execution, record.token = "in_progress", execution, int(attempt.token)
         record.place = "running" if record.place == "called" else ""
         record.lapsed = record.delayed = record.quarantined = record.negative = False
+        record.untold = set()
         assert record.token > self.newest_token, "tokens rise"
         self.newest_token = record.token
         assert (attempt.number, attempt.retries, attempt.crashes) == (record.attempts, record.retries, record.crashes)
@@ -229,6 +233,7 @@ class Machine(RuleBasedStateMachine):
         if record.crashes >= MAX_ATTEMPTS:
             self.landed(record, "failed")
             record.quarantined, record.aside_by = True, job_id
+            record.untold = {FollowUp.FAILURE, FollowUp.QUARANTINE}
             return "quarantined"
         self.back_in_line(record, job_id, delayed=delayed)
         self.push(uri, job_id, record.priority, delayed=delayed)
@@ -327,6 +332,7 @@ class Machine(RuleBasedStateMachine):
             if record.crashes >= MAX_ATTEMPTS:
                 self.landed(record, "failed")
                 record.quarantined = True
+                record.untold = {FollowUp.FAILURE, FollowUp.QUARANTINE}
                 return "negative"
             outcome = "new"
         elif record.state == "pending" and record.job_id not in self.world.jobs:
@@ -408,6 +414,7 @@ class Machine(RuleBasedStateMachine):
         self.landed(record, "completed")
         record.has_result, record.sticky, record.life_ms = True, sticky, life_ms
         record.quarantined = record.negative = False
+        record.untold = set()
         self.world.payloads.pop(uri, None)
 
     def clear(self, uri: str, data: st.DataObject) -> None:
@@ -559,7 +566,9 @@ class Machine(RuleBasedStateMachine):
 
     def act_complete(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
         sticky, hours = data.draw(st.booleans()), data.draw(st.integers(0, 3))
-        call = self.rig.complete(attempt, secrets.token_hex(4), sticky=sticky, ttl_ms=hours * HOUR_MS)
+        up = self.rig.follow_up(attempt) if data.draw(st.booleans()) else None
+        payloads = self.world.payloads.get(uri, set())
+        call = self.rig.complete(attempt, secrets.token_hex(4), sticky=sticky, ttl_ms=hours * HOUR_MS, follow_up=up)
         is_done = record.state == "completed" and record.done_token == int(attempt.token)
         assert self.rig.word(call) == ("already" if is_done else "stored" if holds else "lost")
         if holds:
@@ -567,15 +576,53 @@ class Machine(RuleBasedStateMachine):
             self.stored(uri, record, keep, record.ttl_ms or hours * HOUR_MS or record.fallback_ms)
             record.done_token = int(attempt.token)
             assert self.rig.word(call) == "already"
+            self.told(up, payloads)
+
+    def told(self, up: NextUp | None, payloads: set[str]) -> None:
+        """A follow-up was made once, and runs at once: it has the payloads, and leaves nothing behind."""
+        if up is None:
+            return
+        lists, key = self.rig.jobs.lists("arm"), up.request.key
+        kept = self.client.hgetall(self.rig.named("callbacks", key=key))
+        assert {name.decode() for name in kept} == payloads
+        assert sum(self.client.lrem(name, 0, up.ticket.job_id) for name in lists) == 1
+        attempt = self.rig.ask(self.rig.start(key, up.ticket.job_id))
+        assert isinstance(attempt, Attempt)
+        for word in ("concluded", "already"):
+            assert self.rig.word(self.rig.calls.conclude(attempt)) == word
+        self.client.delete(f"{self.rig.jobs.job_prefix}{up.ticket.job_id}")
+        assert not self.client.exists(*(self.rig.named(kind, key=key) for kind in ("status", "followup", "callbacks")))
+
+    @precondition(lambda self: any(record.quarantined for record in self.world.records.values()))
+    @rule(kind=st.sampled_from([FollowUp.FAILURE, FollowUp.QUARANTINE]))
+    def attend(self, kind: FollowUp) -> None:
+        """A worker sees to what was set aside."""
+        uri = next(uri for uri, record in self.world.records.items() if record.quarantined)
+        record = self.world.records[uri]
+        attempt = Attempt(
+            self.key(uri), Token(0), 1, BatchRequest(uri), {}, 0, 0, queue="arm", priority=Priority(record.priority)
+        )
+        score = self.client.zscore(self.rig.named("unattended", follow_up=kind), attempt.key)
+        assert (score is not None) == (kind in record.untold)
+        up = self.rig.follow_up(attempt, kind, int(score or 0))
+        call = self.rig.calls.attend(attempt.key, int(score or 0), up)
+        assert self.rig.word(call) == ("attended" if kind in record.untold else "already")
+        assert self.rig.word(call) == "already"
+        if kind in record.untold:
+            record.untold.discard(kind)
+            self.told(up, self.world.payloads.get(uri, set()))
 
     def act_fail(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
         negative = data.draw(st.booleans())
-        call = self.rig.fail(attempt, negative_ms=HOUR_MS if negative else 0)
+        up = self.rig.follow_up(attempt, FollowUp.FAILURE) if data.draw(st.booleans()) else None
+        call = self.rig.fail(attempt, negative_ms=HOUR_MS if negative else 0, follow_ups=[up] if up else [])
         is_done = record.state == "failed" and record.done_token == int(attempt.token)
         assert self.rig.word(call) == ("already" if is_done else "failed" if holds else "lost")
         if holds:
             self.landed(record, "failed")
             record.negative, record.done_token = negative, int(attempt.token)
+            if up is not None:
+                self.told(up, self.world.payloads.pop(uri, set()))
 
     def act_retry(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
         delay = data.draw(st.sampled_from([0, 3600]))

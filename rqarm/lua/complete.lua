@@ -15,7 +15,7 @@
 -- ARGV chunks      int    0 = the bytes are in the envelope
 -- ARGV envelope    str    what the bytes are, a line for each field
 -- ARGV bytes       bytes  of a small result
--- ARGV follow_up   bytes  of the callback: key, identity, request, job id, RQ's commands, data, and for how many ms it
+-- ARGV follow_up   bytes  the callback: kind, key, identity, request, job id, RQ's commands, data, and for how many ms it
 --   may need the chunks, to the end. Nothing: there is none. Only '': the caller gets the payloads
 --
 -- Returns {'stored', payloads} | {'already', payloads} | {'lost', state} | {'torn', missing}
@@ -60,7 +60,7 @@ if handed then
 elseif follow_up[1] then
   -- The callback has the result in a place of its own, so neither a short life nor a forget takes it away. Pieces are too
   -- large for that: they live longer.
-  local is_small, needed_ms = chunks == 0, tonumber(follow_up[7])
+  local is_small, needed_ms = chunks == 0, tonumber(follow_up[8])
   follow(key, follow_up, claim, false, {'owner', token, 'envelope', envelope, is_small and 'bytes' or 'chunks',
     is_small and bytes or int(chunks)})
   if not keep and life_ms < needed_ms then

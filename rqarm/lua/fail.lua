@@ -8,7 +8,7 @@
 -- ARGV error           bytes  packed: type, message, traceback
 -- ARGV failure_ttl_ms  int    how long the record can be inspected
 -- ARGV negative_ms     int    how long the error answers the same request; 0 = not at all
--- ARGV follow_ups      bytes  of who wants to be told: key, identity, request, job id, RQ's commands, data; to the end
+-- ARGV follow_ups      bytes  of who is told: kind, key, identity, request, job id, RQ's commands, data; to the end
 --
 -- Returns {'failed'} | {'already'} | {'lost', state}
 

@@ -323,12 +323,13 @@ local function copy_hash(from, to)
   for i = 1, #flat, 4000 do redis.call('HSET', to, unpack(flat, i, math.min(i + 3999, #flat))) end
 end
 
--- Follow-ups: requests about a request that has ended, each given as six values. The payloads go with them; a copy, where
--- the request may run again. What else they must know is in `about`, field and value.
+-- Follow-ups: requests about a request that has ended, each given as its kind and six values. The payloads go with them; a
+-- copy, where the request may run again. What else they must know is in `about`, field and value.
 local function follow(key, follow_ups, fields, is_copy, about)
-  for i = 1, #follow_ups - 5, 6 do
-    local follow_up, uri, request, job_id, commands, data = unpack(follow_ups, i, i + 5)
-    if is_copy or i + 6 < #follow_ups then
+  for i = 1, #follow_ups - 6, 7 do
+    local kind, follow_up, uri, request, job_id, commands, data = unpack(follow_ups, i, i + 6)
+    if kind ~= 'callback' then redis.call('ZREM', unattended_name(kind), key) end
+    if is_copy or i + 7 < #follow_ups then
       copy_hash(callbacks_name(key), callbacks_name(follow_up))
     elseif redis.call('EXISTS', callbacks_name(key)) == 1 then
       redis.call('RENAME', callbacks_name(key), callbacks_name(follow_up))

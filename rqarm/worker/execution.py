@@ -301,9 +301,10 @@ class Execution:
                 self._tell("parked", route)
                 return
             self._check()
+            given: Match | None = match
             if isinstance(match, FollowUpMatch):
-                match = yield from self._insist(followups.prepare(self.core, self.attempt, match))
-            value = yield Handle(match)
+                given = yield from self._insist(followups.prepare(self.core, self.attempt, match))
+            value = None if given is None else (yield Handle(given))
             self._check()
             yield from self._insist(self._finish(match, value))
             self._tell("completed", route)
