@@ -27,7 +27,7 @@ import rq
 from rq.job import Job
 
 from rqarm import codec, flows, followups
-from rqarm.calls import Attempt
+from rqarm.calls import Attempt, NextUp
 from rqarm.codec import Result
 from rqarm.context import Context, RetryLater
 from rqarm.errors import ConfigError, InvalidRequest, LeaseLost, NoHandler, ResultTooLarge, RqarmError, UnpackableResult
@@ -160,6 +160,14 @@ def _sweep_now_and_then(manager: RequestManager) -> None:
         attend(manager)
     except (redis.exceptions.RedisError, RqarmError) as error:
         log.warning("the sweep did not run: %s", error)
+
+
+def on_failure(core: Core, attempt: Attempt) -> tuple[NextUp, ...]:
+    """Who is to be told when the attempt fails for good."""
+    try:
+        return followups.on_failure(core, attempt, handlers())
+    except ConfigError:
+        return ()  # handlers that cannot be loaded are why it fails
 
 
 def attend(manager: RequestManager) -> None:
@@ -457,7 +465,7 @@ class Execution:
                 packed,
                 failure_ttl=failure_ttl,
                 negative_ttl=negative_ttl,
-                follow_ups=followups.on_failure(self.core, self.attempt, handlers()),
+                follow_ups=on_failure(self.core, self.attempt),
             )
         )
 

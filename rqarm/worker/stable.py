@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 from rq.worker import WorkerStatus
 
-from rqarm import codec, flows, followups
+from rqarm import codec, flows
 from rqarm.calls import Attempt, Batch, Taken, UnreadableRequest, ms
 from rqarm.errors import LeaseLost, RequestUnknown, RqarmError
 from rqarm.handlers import Route
@@ -511,7 +511,7 @@ class Stable:
             if run.death == "time limit":
                 message = f"the handler did not stop at its limit of {run.turn.limit:g} s and was killed"
                 outcome, error = "failed", TimeLimit(message)
-                told = followups.on_failure(core, attempt, execution.handlers())
+                told = execution.on_failure(core, attempt)
                 shell.run(flows.fail(core, attempt, codec.pack_error(TimeLimit, message, ""), follow_ups=told))
             elif run.death == "stopped":
                 outcome = "cancelled"
