@@ -114,6 +114,8 @@ class Jobs(Protocol):
 
     def park(self, key: Key, description: str, queue: str, priority: Priority, delay: float) -> ParkingTicket: ...
 
+    def dismiss(self, job_id: str, queue: str, priority: Priority) -> str: ...
+
 
 @dataclass(frozen=True)
 class Core:
@@ -185,7 +187,7 @@ def submit_many(core: Core, requests: Iterable[BatchRequest | str]) -> Flow[list
 def _submit_call(core: Core, request: BatchRequest, payload: Any, again: bool) -> Call[Found]:
     packed = None
     if payload is not None:
-        packed_payload = codec.pack(payload)
+        packed_payload = codec.pack_arguments(payload)
         packed = (hashlib.blake2b(packed_payload, digest_size=8).hexdigest(), packed_payload)
     identity = core.identify(request)
     ticket = core.jobs.enqueue(identity.key, core.describe(request), core.queue_of(request), request.priority)
@@ -288,7 +290,7 @@ def _unsuccessful(status: BatchStatus) -> Exception:
     if status.outcome is Outcome.REFUSED:
         return Refused(status.key, status.queue)
     if status.state is State.FAILED:
-        return (Quarantined if status.quarantined else RequestFailed)(status.key, status.error)
+        return (Quarantined if status.is_blocked else RequestFailed)(status.key, status.error)
     if status.state is State.CANCELLED:
         return RequestCancelled(status.key)
     if status.state is State.UNKNOWN:
@@ -552,21 +554,30 @@ def _stage(core: Core, key: Key, owner: str, value: Any) -> Flow[tuple[codec.Env
 
 
 def fail(
-    core: Core, attempt: Attempt, error: bytes, *, failure_ttl: float | None = None, negative_ttl: float | None = None
+    core: Core,
+    attempt: Attempt,
+    error: bytes,
+    *,
+    failure_ttl: float | None = None,
+    negative_ttl: float | None = None,
+    reason: str = "",
+    note: bytes = b"",
 ) -> Flow[None]:
-    """End the request without a result. Raises LeaseLost."""
+    """End the request without a result; with a ``reason`` (see ``Reason``) it is set aside. Raises LeaseLost."""
     settings = core.settings
     yield core.calls.fail(
         attempt,
         error,
         failure_ttl_ms=ms(settings.failure_ttl if failure_ttl is None else failure_ttl),
         negative_ms=ms(settings.negative_ttl if negative_ttl is None else negative_ttl),
+        reason=reason,
+        note=note,
     )
 
 
 def retry(core: Core, attempt: Attempt, error: bytes, *, delay: float, kwargs: dict[str, Any] | None) -> Flow[None]:
     """Run the request again after ``delay`` seconds, its claim held. Raises LeaseLost, UnpackableResult."""
-    packed = codec.pack(kwargs) if kwargs else b""
+    packed = codec.pack_arguments(kwargs) if kwargs else b""
     ticket = _ticket_again(core, attempt, delay)
     yield core.calls.retry(attempt, ticket, delay_ms=ms(delay), kwargs=packed, error=error)
 
@@ -585,11 +596,11 @@ def drop_job(core: Core, attempt: Attempt) -> Flow[None]:
         yield core.calls.drop_job(attempt)
 
 
-def crash(core: Core, attempt: Attempt, error: bytes) -> Flow[str]:
+def crash(core: Core, attempt: Attempt, error: bytes, note: bytes = b"") -> Flow[str]:
     """The process of an attempt is dead: ``requeued`` (with a delay), ``quarantined``, ``already`` or ``alive``."""
     delay = crash_delay(core, attempt.crashes)
     word: str = yield core.calls.crash(
-        attempt.key, attempt.token, _ticket_again(core, attempt, delay), delay_ms=ms(delay), error=error
+        attempt.key, attempt.token, _ticket_again(core, attempt, delay), delay_ms=ms(delay), error=error, note=note
     )
     return word
 

@@ -88,13 +88,7 @@ local function tidy()
   for _, key in ipairs(redis.call('ZRANGEBYSCORE', results_name(), '-inf', int(now_ms), 'LIMIT', 0, limit)) do
     if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key) end
   end
-  local surplus = redis.call('ZCARD', quarantine_name()) - keep
-  if surplus > 0 then
-    for _, key in ipairs(redis.call('ZRANGE', quarantine_name(), 0, math.min(surplus, limit) - 1)) do
-      redis.call('UNLINK', status_name(key), callbacks_name(key))
-      redis.call('ZREM', quarantine_name(), key)
-    end
-  end
+  trim_quarantine(keep, limit)
 end
 
 -- The transitions keep the places under a limit exactly. What they cannot know is that a record was deleted, or ended

@@ -49,7 +49,7 @@ log = logging.getLogger("rqarm.worker")
 #: the transitions with which an attempt ends: the next one is taken in the same round trip
 ENDINGS = frozenset({"complete", "fail", "retry", "release"})
 #: outcomes of which the transition does not delete RQ's job of the old ticket
-LEAVING_A_JOB = ("given up", "parked")
+LEAVING_A_JOB = ("given up",)
 #: longest wait in seconds before a server that refused is asked again
 PATIENCE = 5.0
 #: seconds below which the requests of a route are quick, on average, and the weight of the newest in that average
