@@ -31,7 +31,7 @@ from rqarm.errors import (
 )
 from rqarm.handlers import Handlers, Retry
 from rqarm.manager import RequestManager
-from rqarm.model import BatchStatus, Outcome, Priority, State
+from rqarm.model import BatchStatus, Outcome, Priority, Reason, State
 from rqarm.request import BatchRequest
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ __all__ = [
     "Outcome",
     "Priority",
     "Quarantined",
+    "Reason",
     "RequestCancelled",
     "RequestFailed",
     "RequestLost",

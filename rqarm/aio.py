@@ -13,6 +13,7 @@ from rqarm.config import Settings
 from rqarm.flows import Core, Event
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus
+from rqarm.quarantine import AsyncQuarantine
 from rqarm.queue import AsyncQueues
 from rqarm.request import BatchRequest
 from rqarm.rqjobs import RqJobs
@@ -31,6 +32,7 @@ class AsyncRequestManager:
         self.shell = AsyncShell(self.core.keys, self.settings, where, connection)
         self.cache = AsyncCache(self.core, self.shell)
         self.queues = AsyncQueues(self.core, self.shell)
+        self.quarantine = AsyncQuarantine(self.core, self.shell)
 
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> AsyncRequestManager:

@@ -18,7 +18,7 @@ from rqarm.codec import Envelope
 from rqarm.config import Settings
 from rqarm.errors import CorruptResult, ForeignData, InvalidRequest, KeyConflict, LeaseLost, RqarmError, VersionSkew
 from rqarm.keys import RECORD_FIELDS, URI_FIELDS, Keys
-from rqarm.model import BatchStatus, FollowUp, Key, Outcome, Priority, State, Token
+from rqarm.model import BatchStatus, FollowUp, Key, Outcome, Priority, Reason, State, Token
 from rqarm.request import BatchRequest
 from rqarm.request import unpack as unpack_request
 from rqarm.scripts import Script, all_scripts, script
@@ -223,6 +223,49 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class QuarantineEntry:
+    """A request that was set aside, and why.
+
+    ``exception``: the full name of its type; ``message`` and ``traceback`` go with it. ``kwargs``: what the handler was
+    called with; of a process that died only what a retry had changed. ``info``: what the handler said beside the
+    message. ``route``: "" when nobody was left who knew it. ``when``: aware, in UTC, on the server's clock.
+    ``request``: None when another version wrote it. ``payloads``: None when they were not asked for. ``job_id``: of
+    RQ's failed job.
+    """
+
+    key: Key
+    reason: str
+    uri: str
+    operation: str
+    request: BatchRequest | None
+    route: str
+    queue: str
+    priority: Priority
+    exception: str
+    message: str
+    traceback: str
+    attempts: int
+    crashes: int
+    retries: int
+    kwargs: dict[str, Any]
+    info: dict[str, Any]
+    submitted: datetime | None
+    started: datetime | None
+    when: datetime | None
+    worker: str
+    job_id: str
+    payloads: list[Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same without the request: times in ISO 8601; ``kwargs``, ``info`` and ``payloads`` as they are."""
+        named = {name: getattr(self, name) for name in self.__slots__ if name != "request"}
+        named["key"], named["priority"] = str(self.key), self.priority.name.lower()
+        for name in ("submitted", "started", "when"):
+            named[name] = named[name].isoformat() if named[name] is not None else None
+        return named
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Counters since the namespace began, and sizes now. ``bytes``: stored results, compressed as they lie."""
 
@@ -412,7 +455,7 @@ class Calls:
         """True: the attempt has one of the limit's places. False: it was handed back and waits. Raises LeaseLost."""
         waits = (ticket.job_id, ticket.commands, ticket.data, ticket.recall, delay_ms)
         word = _held_word("admit", attempt.key)
-        argv = (attempt.token, limit, max_running, *waits)
+        argv = (attempt.token, limit, max_running, *waits, self._own_job(attempt))
         return self._call("admit", attempt.key, argv, lambda reply: word(reply) == "admitted")
 
     def renew(self, attempt: Attempt, lease_ms: int, progress: bytes = b"") -> Call[int]:
@@ -463,11 +506,13 @@ class Calls:
         *,
         failure_ttl_ms: int,
         negative_ms: int,
+        reason: str = "",
+        note: bytes = b"",
         follow_ups: Sequence[NextUp] = (),
     ) -> Call[str]:
-        """``failed`` | ``already``. Raises LeaseLost."""
+        """``failed`` | ``already``. With a ``reason`` it is set aside. Raises LeaseLost."""
         told = [argument for each in follow_ups for argument in each.argv]
-        argv = (attempt.token, error, failure_ttl_ms, negative_ms, *told)
+        argv = (attempt.token, error, failure_ttl_ms, negative_ms, reason, note, QUARANTINE_KEPT, *told)
         return self._call("fail", attempt.key, argv, _held_word("fail", attempt.key))
 
     def retry(self, attempt: Attempt, ticket: Ticket, *, delay_ms: int, kwargs: bytes, error: bytes) -> Call[str]:
@@ -507,11 +552,6 @@ class Calls:
 
         argv = ("HMGET", self.keys.named("followup", key=key), "of", "error", "owner", "envelope", "bytes")
         return Command(argv, parse)
-
-    def payloads(self, key: Key) -> Command[list[Any]]:
-        """The payloads that were submitted with a request, in no order."""
-        name = self.keys.named("callbacks", key=key)
-        return Command(("HVALS", name), lambda reply: [codec.unpack(packed) for packed in reply])
 
     def conclude(self, attempt: Attempt) -> Call[str]:
         """End a follow-up that has run: ``concluded`` | ``already``. Raises LeaseLost."""
@@ -553,10 +593,12 @@ class Calls:
 
     # -- healing
 
-    def crash(self, key: Key, token: Token | None, ticket: Ticket, *, delay_ms: int, error: bytes) -> Call[str]:
+    def crash(
+        self, key: Key, token: Token | None, ticket: Ticket, *, delay_ms: int, error: bytes, note: bytes = b""
+    ) -> Call[str]:
         """``requeued`` | ``quarantined`` | ``already`` | ``alive``. Without a token the lease must have lapsed."""
-        argv = (token or "", ticket.job_id, ticket.commands, ticket.data, delay_ms, self.settings.max_attempts, error)
-        return self._call("crash", key, argv, _word("crash"))
+        waits = (ticket.job_id, ticket.commands, ticket.data, delay_ms)
+        return self._call("crash", key, (token or "", *waits, self.settings.max_attempts, error, note), _word("crash"))
 
     def revive(self, found: Overdue, ticket: Ticket) -> Call[str]:
         """``revived`` | ``already`` | ``alive``."""
@@ -589,7 +631,42 @@ class Calls:
         argv = ("SET", self.keys.named("swept"), "1", "NX", "PX", ms(self.settings.lease / 3))
         return Command(argv, lambda reply: reply is not None and reply is not False)
 
+    # -- quarantine
+
+    def set_aside(self, limit: int | None = None) -> Command[list[Key]]:
+        """The keys of what is in quarantine, newest first."""
+        argv = ("ZREVRANGE", self.keys.named("quarantine"), 0, -1 if limit is None else limit - 1)
+        return Command(argv, lambda reply: [Key(_text(key)) for key in reply])
+
+    def entry(self, key: Key) -> Command[QuarantineEntry | State]:
+        """What is known of a request that is set aside; the state of one that is not."""
+        return Command(("HMGET", self.keys.status(key), *_ENTRY_FIELDS), lambda values: _entry(key, values))
+
+    def payloads(self, key: Key) -> Command[list[Any]]:
+        """The payloads that were submitted with a request, in no order."""
+        name = self.keys.named("callbacks", key=key)
+        return Command(("HVALS", name), lambda reply: [codec.unpack(packed) for packed in reply])
+
+    def requeue(self, entry: QuarantineEntry, ticket: Ticket, dismissal: str) -> Call[str]:
+        """``requeued`` | ``already`` | ``superseded`` | ``in_flight`` | ``ended`` | ``unknown``."""
+        argv = (entry.job_id, ticket.job_id, ticket.commands, ticket.data, dismissal)
+        return self._call("requeue", entry.key, argv, _word("requeue"))
+
+    def discard(self, entry: QuarantineEntry, dismissal: str) -> Call[str]:
+        """``discarded`` | ``superseded`` | ``in_flight`` | ``ended`` | ``unknown``."""
+        return self._call("discard", entry.key, (entry.job_id, dismissal), _word("discard"))
+
     # -- views
+
+    def outlook(self, key: Key, queue: str) -> tuple[Command[Any], ...]:
+        """What a submit looks at beside the record.
+
+        When the failure stops to answer and the lease ends, in Unix ms as text or None; the server's time in seconds
+        and microseconds; how many wait in the queue.
+        """
+        deadlines = ("HMGET", self.keys.status(key), "negative_until", "lease_until")
+        waiting = ("ZCARD", self.keys.named("pending", queue=queue))
+        return Command(deadlines, list), Command(("TIME",), tuple), Command(waiting, int)
 
     def browse(self, index: str, offset: int, limit: int) -> Call[Page]:
         """A page of an index by its full key name."""
@@ -819,9 +896,68 @@ def _status(key: Key, packed: bytes, outcome: Outcome | None = None, value: Any 
         error=codec.unpack_error(field["error"] or LAPSED) if field["error"] is not None else None,
         worker=_text(field["worker"]) if field["worker"] else None,
         queue=_text(field["queue"] or b""),
-        quarantined=field["quarantined"] == b"1",
+        quarantined=field["quarantined"] is not None,
+        reason=_reason(field["quarantined"]),
         value=value,
     )
+
+
+def _reason(word: bytes | None) -> str:
+    """Why it was set aside. An earlier form knew one reason and wrote 1 for it."""
+    text = _text(word or b"")
+    return str(Reason.POISON) if text == "1" else text
+
+
+_ENTRY_FIELDS = (
+    "state", "quarantined", "request", "queue", "priority", "error", "note", "attempts", "crashes", "retries", "kwargs",
+    "submitted_ms", "started_ms", "ended_ms", "worker", "job_id", *URI_FIELDS,
+)  # fmt: skip
+
+
+def _entry(key: Key, values: list[bytes | None]) -> QuarantineEntry | State:
+    field = dict(zip(_ENTRY_FIELDS, values, strict=True))
+    state = _state(key, field["state"]) if field["state"] else State.UNKNOWN
+    if state is not State.FAILED or field["quarantined"] is None:
+        return state
+    identity = _joined(values[-len(URI_FIELDS) :])
+    _, operation, uri = [*_text(identity).split("\n", 2), "", ""][:3]
+    try:
+        request = unpack_request(field["request"] or b"", identity)
+    except (VersionSkew, InvalidRequest, CorruptResult):
+        request = None
+    error, note = codec.unpack_error(field["error"] or LAPSED), _mapping(field["note"])
+    return QuarantineEntry(
+        key=key,
+        reason=_reason(field["quarantined"]),
+        uri=uri,
+        operation=operation,
+        request=request,
+        route=str(note.get("route", "")),
+        queue=_text(field["queue"] or b""),
+        priority=Priority(int(field["priority"] or 1)),
+        exception=error["type"],
+        message=error["message"],
+        traceback=error["traceback"],
+        attempts=int(field["attempts"] or 0),
+        crashes=int(field["crashes"] or 0),
+        retries=int(field["retries"] or 0),
+        kwargs={**note.get("kwargs", {}), **_mapping(field["kwargs"])},
+        info=note.get("info", {}),
+        submitted=_time(field["submitted_ms"]),
+        started=_time(field["started_ms"]),
+        when=_time(field["ended_ms"]),
+        worker=_text(field["worker"] or b""),
+        job_id=_text(field["job_id"] or b""),
+    )
+
+
+def _mapping(packed: bytes | None) -> dict[str, Any]:
+    """What an entry can be shown without: bytes that cannot be read are left out."""
+    try:
+        found = codec.unpack(packed) if packed else {}
+    except CorruptResult:
+        found = {}
+    return found if isinstance(found, dict) else {}
 
 
 def _new_status(key: Key, request: BatchRequest, identity: Canonical, queue: str, fresh: list[int]) -> BatchStatus:

@@ -67,8 +67,6 @@ UNREADABLE_DELAY = 5.0
 PARK_DELAY = 600.0
 #: pieces of a large result that one round trip fetches
 PIECES = 8
-#: of a payload when it is packed: all payloads of a claim lie in one hash and are in memory at a callback
-MAX_PAYLOAD_BYTES = 1 << 20
 MAX_PAYLOAD_ID_CHARS = 200
 
 
@@ -118,6 +116,8 @@ class Jobs(Protocol):
     def schedule(self, key: Key, description: str, queue: str, priority: Priority, delay: float) -> Ticket: ...
 
     def park(self, key: Key, description: str, queue: str, priority: Priority, delay: float) -> ParkingTicket: ...
+
+    def dismiss(self, job_id: str, queue: str, priority: Priority) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -203,16 +203,13 @@ def _submit_call(core: Core, request: BatchRequest, payload: tuple[str, bytes] |
 def pack_payload(payload: Any, payload_id: str | None = None) -> tuple[str, bytes] | None:
     """A payload as it is stored: its id, by default the hash of its content, and its bytes. None: there is none.
 
-    Raises UnpackableResult, and InvalidRequest for one that is too large and for a bad id.
+    Raises UnpackableResult, also for one that is too large, and InvalidRequest for a bad id.
     """
     if payload is None:
         if payload_id is not None:
             raise InvalidRequest("an id of a payload needs a payload", where="payload_id")
         return None
-    packed = codec.pack(payload)
-    if len(packed) > MAX_PAYLOAD_BYTES:
-        reason = f"{len(packed):,} bytes packed, at most {MAX_PAYLOAD_BYTES:,} are allowed: pass a reference instead"
-        raise InvalidRequest(reason, where="payload")
+    packed = codec.pack_arguments(payload)
     if payload_id is None:
         return hashlib.blake2b(packed, digest_size=8).hexdigest(), packed
     if not isinstance(payload_id, str) or not 1 <= len(payload_id) <= MAX_PAYLOAD_ID_CHARS:
@@ -329,7 +326,7 @@ def _unsuccessful(status: BatchStatus) -> Exception:
     if status.outcome is Outcome.REFUSED:
         return Refused(status.key, status.queue)
     if status.state is State.FAILED:
-        return (Quarantined if status.quarantined else RequestFailed)(status.key, status.error)
+        return (Quarantined if status.is_blocked else RequestFailed)(status.key, status.error)
     if status.state is State.CANCELLED:
         return RequestCancelled(status.key)
     if status.state is State.UNKNOWN:
@@ -618,22 +615,29 @@ def fail(
     *,
     failure_ttl: float | None = None,
     negative_ttl: float | None = None,
+    reason: str = "",
+    note: bytes = b"",
     follow_ups: Sequence[NextUp] = (),
 ) -> Flow[None]:
-    """End the request without a result; ``follow_ups`` are of who is to be told. Raises LeaseLost."""
+    """End the request without a result; with a ``reason`` (see ``Reason``) it is set aside.
+
+    ``follow_ups`` are of who is to be told. Raises LeaseLost.
+    """
     settings = core.settings
     yield core.calls.fail(
         attempt,
         error,
         failure_ttl_ms=ms(settings.failure_ttl if failure_ttl is None else failure_ttl),
         negative_ms=ms(settings.negative_ttl if negative_ttl is None else negative_ttl),
+        reason=reason,
+        note=note,
         follow_ups=follow_ups,
     )
 
 
 def retry(core: Core, attempt: Attempt, error: bytes, *, delay: float, kwargs: dict[str, Any] | None) -> Flow[None]:
     """Run the request again after ``delay`` seconds, its claim held. Raises LeaseLost, UnpackableResult."""
-    packed = codec.pack(kwargs) if kwargs else b""
+    packed = codec.pack_arguments(kwargs) if kwargs else b""
     ticket = _ticket_again(core, attempt, delay)
     yield core.calls.retry(attempt, ticket, delay_ms=ms(delay), kwargs=packed, error=error)
 
@@ -652,11 +656,11 @@ def drop_job(core: Core, attempt: Attempt) -> Flow[None]:
         yield core.calls.drop_job(attempt)
 
 
-def crash(core: Core, attempt: Attempt, error: bytes) -> Flow[str]:
+def crash(core: Core, attempt: Attempt, error: bytes, note: bytes = b"") -> Flow[str]:
     """The process of an attempt is dead: ``requeued`` (with a delay), ``quarantined``, ``already`` or ``alive``."""
     delay = crash_delay(core, attempt.crashes)
     word: str = yield core.calls.crash(
-        attempt.key, attempt.token, _ticket_again(core, attempt, delay), delay_ms=ms(delay), error=error
+        attempt.key, attempt.token, _ticket_again(core, attempt, delay), delay_ms=ms(delay), error=error, note=note
     )
     return word
 

@@ -9,10 +9,11 @@ until a worker ``attend``s. A follow-up leaves nothing behind when it has run.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 from rqarm import codec, flows
-from rqarm.calls import About, Attempt, Batch, NextUp, Unattended
+from rqarm.calls import About, Attempt, Batch, NextUp, QuarantineEntry, Unattended
 from rqarm.errors import CorruptResult, RqarmError
 from rqarm.flows import Core, Flow, value_of
 from rqarm.handlers import FollowUpMatch, Handlers, Match
@@ -39,11 +40,10 @@ def callback(core: Core, attempt: Attempt, match: Match) -> NextUp | None:
     return _of_attempt(core, FollowUp.CALLBACK, attempt)
 
 
-def on_failure(core: Core, attempt: Attempt, handlers: Handlers) -> tuple[NextUp, ...]:
+def on_failure(core: Core, attempt: Attempt, handlers: Handlers, *, is_set_aside: bool) -> tuple[NextUp, ...]:
     """Who is to be told when the attempt fails for good."""
-    if not _wants(handlers, FollowUp.FAILURE, attempt.request):
-        return ()
-    return (_of_attempt(core, FollowUp.FAILURE, attempt),)
+    kinds = (FollowUp.FAILURE, FollowUp.QUARANTINE) if is_set_aside else (FollowUp.FAILURE,)
+    return tuple(_of_attempt(core, kind, attempt) for kind in kinds if _wants(handlers, kind, attempt.request))
 
 
 def prepare(core: Core, attempt: Attempt, match: FollowUpMatch) -> Flow[FollowUpMatch | None]:
@@ -117,8 +117,10 @@ def _wants(handlers: Handlers, kind: FollowUp, request: BatchRequest) -> bool:
     """A consumer is not told of its own death: it would die of that as well, for ever."""
     if request.operation.startswith(f"{OWN_OPERATION}{FollowUp.QUARANTINE}"):
         return False
-    if kind is FollowUp.QUARANTINE or is_follow_up(request):
-        return kind is FollowUp.QUARANTINE
+    if kind is FollowUp.QUARANTINE:
+        return handlers.follows(kind)
+    if is_follow_up(request):
+        return False
     handler = handlers.handler_of(request)
     return handler is not None and kind in handler.hooks
 
@@ -140,10 +142,7 @@ def _follow_up(
     return NextUp(kind, about, identity, core.jobs.enqueue(identity.key, core.describe(about), queue, priority))
 
 
-def _entry(core: Core, key: Key) -> Flow[Any]:
+def _entry(core: Core, key: Key) -> Flow[QuarantineEntry | None]:
     """What the consumer of the quarantine is given; None when the request has left the quarantine since."""
-    found, payloads = yield Batch((core.calls.read(key, with_value=False), core.calls.payloads(key)))
-    status = found.status
-    if not status.quarantined:
-        return None
-    return {"key": key, "uri": status.uri, "error": status.error, "attempts": status.attempts, "payloads": payloads}
+    found, payloads = yield Batch((core.calls.entry(key), core.calls.payloads(key)))
+    return replace(found, payloads=payloads) if isinstance(found, QuarantineEntry) else None

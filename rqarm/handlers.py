@@ -138,7 +138,8 @@ class Options(TypedDict, total=False):
     priority: str | Priority | None
     estimated_time: float | None
     failure_ttl: float | None
-    negative_ttl: float | None
+    negative_ttl: float | Mapping[type[BaseException], float] | None
+    quarantine: bool
     thread_safe: bool
     max_running: int | None
     name: str | None
@@ -150,10 +151,11 @@ class Route:
 
     ``name`` tells routes apart in statistics; it is the template or operation unless given. Either ``template`` or
     ``operation`` is set; neither is for the fallback. ``ttl``, ``failure_ttl``, ``negative_ttl``: seconds that a
-    result, the record of a failure, and a failure as an answer live. ``timeout``: seconds that an attempt may take.
-    ``estimated_time``: seconds it usually takes. ``max_running``: how many requests of this route run at the same time
-    on all workers; they are counted under ``name``. ``thread_safe``: a handler that is not ``async def`` may run beside
-    others in threads (``rqarm worker --concurrency``). Raises ConfigError for values that make no sense.
+    result, the record of a failure, and a failure as an answer live; ``negative_ttl`` may say it per type of error.
+    ``quarantine``: whether a request whose last attempt raises is set aside. ``timeout``: seconds that an attempt may
+    take. ``estimated_time``: seconds it usually takes. ``max_running``: how many requests of this route run at the same
+    time on all workers; they are counted under ``name``. ``thread_safe``: a handler that is not ``async def`` may run
+    beside others in threads (``rqarm worker --concurrency``). Raises ConfigError for values that make no sense.
     """
 
     name: str
@@ -167,7 +169,8 @@ class Route:
     priority: str | Priority | None = None
     estimated_time: float | None = None
     failure_ttl: float | None = None
-    negative_ttl: float | None = None
+    negative_ttl: float | Mapping[type[BaseException], float] | None = None
+    quarantine: bool = True
     thread_safe: bool = False
     max_running: int | None = None
 
@@ -177,7 +180,9 @@ class Route:
         for option in ("timeout", "failure_ttl"):
             if getattr(self, option) is not None:
                 _check_number(option, getattr(self, option), above=0)
-        if self.negative_ttl is not None:
+        if isinstance(self.negative_ttl, Mapping):
+            object.__setattr__(self, "negative_ttl", types.MappingProxyType(_checked_ttls(self.negative_ttl)))
+        elif self.negative_ttl is not None:
             _check_number("negative_ttl", self.negative_ttl, at_least=0)
         limit = self.max_running
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
@@ -188,6 +193,13 @@ class Route:
             BatchRequest("/", **self.for_request())
         except InvalidRequest as error:
             raise ConfigError(str(error)) from error
+
+    def negative_for(self, error: BaseException) -> float | None:
+        """Seconds that this error answers the same request, None = the settings say. The closest type counts."""
+        if isinstance(self.negative_ttl, Mapping):
+            ttls = self.negative_ttl
+            return next((ttls[kind] for kind in type(error).__mro__ if kind in ttls), None)
+        return self.negative_ttl
 
     def for_request(self) -> dict[str, Any]:
         """The options that a request of this route carries; what the route leaves open is left out."""
@@ -202,6 +214,14 @@ def _check_number(what: str, value: object, *, at_least: float = -math.inf, abov
         raise ConfigError(
             f"{what} must be {f'{at_least:g} or more' if above == -math.inf else 'above 0'}, not {value!r}"
         )
+
+
+def _checked_ttls(ttls: Mapping[type[BaseException], float]) -> dict[type[BaseException], float]:
+    for kind, seconds in ttls.items():
+        if not isinstance(kind, type) or not issubclass(kind, BaseException):
+            raise ConfigError(f"negative_ttl: {kind!r} is no exception class")
+        _check_number(f"negative_ttl for {kind.__name__}", seconds, at_least=0)
+    return dict(ttls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,6 +461,17 @@ def _evaluate(function: Callable[..., Any], declared: inspect.Parameter) -> Any:
         return typing.get_type_hints(holder, globalns=names)[declared.name]
     except (NameError, TypeError, SyntaxError) as error:
         raise ConfigError(f"parameter {declared.name!r}: the annotation cannot be read: {error}") from error
+
+
+def takes(name: str, request: BatchRequest) -> bool:
+    """Whether a route of this name, which is its template or operation, would take the request."""
+    if request.operation:
+        return request.operation == name
+    try:
+        template = _Template.compile(name)
+    except ConfigError:
+        return False
+    return template.match(_Target.of(request.canonical)) is not None
 
 
 class Handler(Generic[P, R]):

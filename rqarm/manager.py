@@ -12,6 +12,7 @@ from rqarm.cache import Cache
 from rqarm.config import Settings
 from rqarm.flows import Core, Event
 from rqarm.model import BatchStatus
+from rqarm.quarantine import Quarantine
 from rqarm.queue import Queues
 from rqarm.request import BatchRequest
 from rqarm.rqjobs import RqJobs
@@ -36,6 +37,8 @@ class RequestManager:
         self.cache = Cache(self.core, self.shell)
         #: the pull interface
         self.queues = Queues(self.core, self.shell)
+        #: failed requests that were set aside
+        self.quarantine = Quarantine(self.core, self.shell)
 
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> RequestManager:

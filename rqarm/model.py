@@ -65,6 +65,23 @@ class FollowUp(StrEnum):
 OWN_OPERATION = "rqarm:"
 
 
+class Reason(StrEnum):
+    """Why a request was set aside. Who reads a record of another version may find other words."""
+
+    #: its attempts died without a word, ``max_attempts`` times
+    POISON = "poison"
+    #: its handler asked for it
+    ASKED = "asked"
+    #: its last attempt ended in an exception
+    EXHAUSTED = "exhausted"
+    #: its result, or the arguments of a retry, cannot be stored
+    UNPACKABLE = "unpackable"
+
+
+#: the reasons after which a submit does not run the request again; lua/prelude.lua has them too, and a test compares
+BLOCKING = frozenset({Reason.POISON, Reason.ASKED})
+
+
 #: verb -> {state before: state after}; what is not listed is refused and writes nothing. A submit of what is completed
 #: moves only when it insists (resubmit) or the result is gone; ``crash`` ends in ``failed`` at its limit; ``admit``
 #: moves only when there is no place; ``put`` goes from every state to ``completed``.
@@ -86,6 +103,8 @@ TRANSITIONS: dict[str, dict[State, State]] = {
     "conclude": {State.IN_PROGRESS: State.UNKNOWN},
     "revive": {State.PENDING: State.PENDING},
     "crash": {State.IN_PROGRESS: State.PENDING},
+    "requeue": {State.FAILED: State.PENDING},
+    "discard": {State.FAILED: State.UNKNOWN},
     "cancel": {State.PENDING: State.CANCELLED, State.IN_PROGRESS: State.CANCELLED},
     "forget": {
         State.COMPLETED: State.UNKNOWN,
@@ -101,7 +120,8 @@ class BatchStatus:
 
     Times are aware datetimes in UTC from the server's clock. ``position``: 1 = next to start, 0 = in progress, None =
     not asked for or not in flight. ``eta`` and ``estimated_time`` are seconds. ``error`` has type, message and
-    traceback. ``value`` is filled on a hit only, and left out of ``to_dict``.
+    traceback. ``reason``: why it is ``quarantined``, see ``Reason``; "" when it is not. ``value`` is filled on a hit
+    only, and left out of ``to_dict``.
     """
 
     key: Key
@@ -122,7 +142,13 @@ class BatchStatus:
     worker: str | None = None
     queue: str = ""
     quarantined: bool = False
+    reason: str = ""
     value: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_blocked(self) -> bool:
+        """Set aside so that a submit does not run it again: somebody must decide."""
+        return self.quarantined and self.reason in BLOCKING
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON types: times in ISO 8601, words as strings, no value."""

@@ -10,7 +10,7 @@ from typing import Any
 from rqarm import codec, flows, followups
 from rqarm.calls import Attempt
 from rqarm.flows import Core
-from rqarm.model import Key, Token
+from rqarm.model import Key, Reason, Token
 from rqarm.request import BatchRequest
 from rqarm.shell import AsyncShell, Shell, same_docs
 
@@ -69,14 +69,22 @@ class Lease(_Held):
         self._is_ended = True
         return payloads
 
-    def fail(self, error: BaseException | str, *, negative_ttl: float | None = None) -> None:
-        """End the request without a result; for ``negative_ttl`` seconds the error answers it. Raises LeaseLost."""
-        packed = _packed("Failed", error)
-        self._shell.run(flows.fail(self._core, self._attempt, packed, negative_ttl=negative_ttl))
+    def fail(
+        self, error: BaseException | str, *, negative_ttl: float | None = None, quarantine: bool = False, **info: Any
+    ) -> None:
+        """End the request without a result; for ``negative_ttl`` seconds the error answers it.
+
+        ``quarantine``: set it aside, with ``info``, until somebody requeues or discards it. Raises LeaseLost;
+        UnpackableResult leaves the lease as it is.
+        """
+        self._shell.run(_failing(self._core, self._attempt, error, negative_ttl, quarantine, info))
         self._is_ended = True
 
     def retry(self, error: BaseException | str, *, delay: float = 0.0, **kwargs: Any) -> None:
-        """Run the request again after ``delay`` seconds, with changed ``kwargs``. Raises LeaseLost."""
+        """Run the request again after ``delay`` seconds, with changed ``kwargs``.
+
+        Raises LeaseLost; UnpackableResult leaves the lease as it is.
+        """
         packed = _packed("Retry", error)
         self._shell.run(flows.retry(self._core, self._attempt, packed, delay=delay, kwargs=kwargs or None))
         self._is_ended = True
@@ -121,6 +129,20 @@ def _packed(name: str, error: BaseException | str) -> bytes:
     return codec.pack_error(name, error, "") if isinstance(error, str) else codec.pack_error(error)
 
 
+def _failing(
+    core: Core,
+    attempt: Attempt,
+    error: BaseException | str,
+    negative_ttl: float | None,
+    quarantine: bool,
+    info: dict[str, Any],
+) -> flows.Flow[None]:
+    packed, note, reason = _packed("Failed", error), b"", ""
+    if quarantine:
+        reason, note = Reason.ASKED, codec.pack_arguments({"kwargs": attempt.kwargs, "info": info})
+    yield from flows.fail(core, attempt, packed, negative_ttl=negative_ttl, reason=reason, note=note)
+
+
 def taker() -> str:
     """The name under which this thread takes work."""
     return f"{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}"
@@ -141,9 +163,10 @@ class AsyncLease(_Held):
         self._is_ended = True
         return payloads
 
-    async def fail(self, error: BaseException | str, *, negative_ttl: float | None = None) -> None:
-        packed = _packed("Failed", error)
-        await self._shell.run(flows.fail(self._core, self._attempt, packed, negative_ttl=negative_ttl))
+    async def fail(
+        self, error: BaseException | str, *, negative_ttl: float | None = None, quarantine: bool = False, **info: Any
+    ) -> None:
+        await self._shell.run(_failing(self._core, self._attempt, error, negative_ttl, quarantine, info))
         self._is_ended = True
 
     async def retry(self, error: BaseException | str, *, delay: float = 0.0, **kwargs: Any) -> None:

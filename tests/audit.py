@@ -160,14 +160,16 @@ class _Audit:
         self._check(counted == sum(sizes.values()), f"{counted} bytes are counted, {sum(sizes.values())} are stored")
 
     def _quarantine(self) -> None:
-        aside = {key for key, record in self._in_state("failed").items() if record.get("quarantined") == "1"}
+        aside = {key for key, record in self._in_state("failed").items() if "quarantined" in record}
         index = self._zset("quarantine")
         self._check(index.keys() == aside, f"quarantine {sorted(index)}, records say {sorted(aside)}")
         for key, record in self.records.items():
-            marked = record.get("quarantined") == "1"
+            marked = bool({"quarantined", "note"} & record.keys())
             self._check(not marked or record.get("state") == "failed", f"{key} is marked as quarantined")
         for key in aside:
             self._check(self._expiry("status", key=key) == -1, f"{key} is quarantined and expires")
+            payloads = self._expiry("callbacks", key=key)
+            self._check(payloads in (None, -1), f"{key} is quarantined and its payloads expire")
         for kind in ("failure", "quarantine"):
             waiting = self._zset("unattended", follow_up=kind).keys()
             self._check(waiting <= aside, f"unattended {sorted(waiting)}, quarantined {sorted(aside)}")

@@ -22,6 +22,7 @@ from rqarm import (
     RequestManager,
     Retry,
     State,
+    UnpackableResult,
     codec,
     connect,
     followups,
@@ -140,7 +141,6 @@ def test_a_follow_up_finds_the_function_of_the_request_that_it_is_about(
 @pytest.mark.parametrize(
     ("arguments", "where"),
     [
-        ({"payload": b"x" * (1 << 20)}, "payload"),
         ({"payload": 1, "payload_id": ""}, "payload_id"),
         ({"payload": 1, "payload_id": "i" * 201}, "payload_id"),
         ({"payload": 1, "payload_id": 7}, "payload_id"),
@@ -155,6 +155,9 @@ def test_a_bad_payload_is_refused_before_anything_is_sent(
     for method in (rm.submit, rm.resubmit, rm.get_or_submit):
         with pytest.raises(InvalidRequest, match=where):
             method("/x", **arguments)
+        for payload in (b"x" * (1 << 20), object()):
+            with pytest.raises(UnpackableResult):
+                method("/x", payload=payload)
     assert redis_client.dbsize() == 0
 
 
@@ -602,6 +605,5 @@ def test_the_consumer_gets_the_entry_of_what_has_killed_its_workers(bench: Bench
     bench.rm.submit("/x?other")
     bench.work()
     (entry,) = bench.told
-    assert entry["key"] == seeded.key
-    assert entry["error"]["type"] == "Boom"
-    assert entry["payloads"] == ["p"]
+    assert (entry.key, entry.exception, entry.reason) == (seeded.key, "Boom", "poison")
+    assert entry.payloads == ["p"]

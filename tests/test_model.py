@@ -76,7 +76,7 @@ class Record:
     crashes: int = 0
     lapsed: bool = False
     delayed: bool = False
-    quarantined: bool = False
+    reason: str = ""
     negative: bool = False
     has_result: bool = False
     life_ms: int = 0
@@ -126,6 +126,8 @@ REACHED = {
     ("model", "called"),
     ("complete", "stored already lost"),
     ("fail", "failed lost"),
+    ("requeue", "requeued already superseded in_flight ended unknown"),
+    ("discard", "discarded superseded in_flight ended unknown"),
     ("retry", "retried already lost"),
     ("release", "released already lost"),
     ("crash", "requeued quarantined already alive"),
@@ -216,8 +218,8 @@ class Machine(RuleBasedStateMachine):
         record.attempts += 1
         record.state, record.execution, record.token = "in_progress", execution, int(attempt.token)
         record.place = "running" if record.place == "called" else ""
-        record.lapsed = record.delayed = record.quarantined = record.negative = False
-        record.untold = set()
+        record.lapsed = record.delayed = record.negative = False
+        record.reason, record.untold = "", set()
         assert record.token > self.newest_token, "tokens rise"
         self.newest_token = record.token
         assert (attempt.number, attempt.retries, attempt.crashes) == (record.attempts, record.retries, record.crashes)
@@ -232,7 +234,7 @@ class Machine(RuleBasedStateMachine):
         record.crashes += 1
         if record.crashes >= MAX_ATTEMPTS:
             self.landed(record, "failed")
-            record.quarantined, record.aside_by = True, job_id
+            record.reason, record.aside_by = "poison", job_id
             record.untold = {FollowUp.FAILURE, FollowUp.QUARANTINE}
             return "quarantined"
         self.back_in_line(record, job_id, delayed=delayed)
@@ -299,7 +301,7 @@ class Machine(RuleBasedStateMachine):
             return "joined" if record.moved_by == job_id else "new"
         if record is not None and record.in_flight:
             return self.met_in_flight(uri, record, request, ttl_ms, fallback_ms, job_id, payload)
-        if record is not None and not again and (record.quarantined or record.negative):
+        if record is not None and not again and (record.reason in ("poison", "asked") or record.negative):
             return "negative"
         if record is None or record.state != "failed":
             self.world.payloads.pop(uri, None)
@@ -331,7 +333,7 @@ class Machine(RuleBasedStateMachine):
             record.crashes += 1
             if record.crashes >= MAX_ATTEMPTS:
                 self.landed(record, "failed")
-                record.quarantined = True
+                record.reason = "poison"
                 record.untold = {FollowUp.FAILURE, FollowUp.QUARANTINE}
                 return "negative"
             outcome = "new"
@@ -375,7 +377,7 @@ class Machine(RuleBasedStateMachine):
         wanted = self.submitted(uri, record, request, 24, ticket.job_id, "", again=False)
         assert self.rig.word(self.rig.submit(request, ticket)) == wanted
 
-    @rule(uri=uris, data=st.data(), what=st.sampled_from(["cancel", "forget", "put", "clear"]))
+    @rule(uri=uris, data=st.data(), what=st.sampled_from(["cancel", "forget", "put", "clear", "requeue", "discard"]))
     def manage(self, uri: str, data: st.DataObject, what: str) -> None:
         getattr(self, what)(uri, data)
 
@@ -399,6 +401,49 @@ class Machine(RuleBasedStateMachine):
             del self.world.records[uri]
             self.world.payloads.pop(uri, None)
 
+    def decided(self, uri: str, data: st.DataObject) -> tuple[str, str, Record | None]:
+        """The ticket of an entry as somebody saw it, now or earlier, and the word to expect when nobody decided."""
+        record = self.world.records.get(uri)
+        if record is None:
+            return f"{self.key(uri)}-00000000", "unknown", None
+        old = data.draw(st.sampled_from([record.job_id, *self.tickets[uri][-2:]]))
+        if not record.reason:
+            return old, "in_flight" if record.in_flight else "ended", None
+        return old, "superseded", record if old == record.job_id else None
+
+    def requeue(self, uri: str, data: st.DataObject) -> None:
+        old, refusal, record = self.decided(uri, data)
+        rank = record.priority if record is not None else 1
+        ticket = self.rig.ticket(BatchRequest(uri), priority=Priority(rank))
+        call = self.rig.requeue(self.key(uri), old, ticket)
+        assert self.rig.word(call) == ("requeued" if record is not None else refusal)
+        if record is not None:
+            self.world.jobs.pop(old, None)
+            assert not self.client.exists(self.rig.jobs.job_prefix + old)
+            record.state, record.job_id, record.order = "pending", ticket.job_id, self.next_order()
+            record.crashes = record.retries = 0
+            record.reason, record.negative, record.delayed, record.untold = "", False, False, set()
+            self.push(uri, ticket.job_id, rank)
+            assert self.rig.word(call) == "already"
+
+    def discard(self, uri: str, data: st.DataObject) -> None:
+        old, refusal, record = self.decided(uri, data)
+        call = self.rig.discard(self.key(uri), old)
+        assert self.rig.word(call) == ("discarded" if record is not None else refusal)
+        if record is not None:
+            self.world.jobs.pop(old, None)
+            assert not self.client.exists(self.rig.jobs.job_prefix + old)
+            del self.world.records[uri]
+            self.world.payloads.pop(uri, None)
+            assert self.rig.word(call) == "unknown"
+
+    @precondition(lambda self: any(record.reason for record in self.world.records.values()))
+    @rule(data=st.data(), what=st.sampled_from(["requeue", "requeue", "discard"]))
+    def decide(self, data: st.DataObject, what: str) -> None:
+        """Somebody looks at the quarantine."""
+        aside = [uri for uri, record in self.world.records.items() if record.reason]
+        getattr(self, what)(data.draw(st.sampled_from(aside)), data)
+
     def put(self, uri: str, data: st.DataObject) -> None:
         sticky, twice = data.draw(st.booleans()), data.draw(st.booleans())
         call = self.rig.put(BatchRequest(uri, sticky=sticky), secrets.token_hex(8))
@@ -413,7 +458,7 @@ class Machine(RuleBasedStateMachine):
     def stored(self, uri: str, record: Record, sticky: bool, life_ms: int) -> None:
         self.landed(record, "completed")
         record.has_result, record.sticky, record.life_ms = True, sticky, life_ms
-        record.quarantined = record.negative = False
+        record.reason, record.negative = "", False
         record.untold = set()
         self.world.payloads.pop(uri, None)
 
@@ -593,11 +638,11 @@ class Machine(RuleBasedStateMachine):
         self.client.delete(f"{self.rig.jobs.job_prefix}{up.ticket.job_id}")
         assert not self.client.exists(*(self.rig.named(kind, key=key) for kind in ("status", "followup", "callbacks")))
 
-    @precondition(lambda self: any(record.quarantined for record in self.world.records.values()))
+    @precondition(lambda self: any(record.reason for record in self.world.records.values()))
     @rule(kind=st.sampled_from([FollowUp.FAILURE, FollowUp.QUARANTINE]))
     def attend(self, kind: FollowUp) -> None:
         """A worker sees to what was set aside."""
-        uri = next(uri for uri, record in self.world.records.items() if record.quarantined)
+        uri = next(uri for uri, record in self.world.records.items() if record.reason)
         record = self.world.records[uri]
         attempt = Attempt(
             self.key(uri), Token(0), 1, BatchRequest(uri), {}, 0, 0, queue="arm", priority=Priority(record.priority)
@@ -613,16 +658,26 @@ class Machine(RuleBasedStateMachine):
             self.told(up, self.world.payloads.get(uri, set()))
 
     def act_fail(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
-        negative = data.draw(st.booleans())
+        negative, reason = data.draw(st.booleans()), data.draw(st.sampled_from(["", "exhausted", "asked"]))
         up = self.rig.follow_up(attempt, FollowUp.FAILURE) if data.draw(st.booleans()) else None
-        call = self.rig.fail(attempt, negative_ms=HOUR_MS if negative else 0, follow_ups=[up] if up else [])
+        call = self.rig.fail(
+            attempt,
+            negative_ms=HOUR_MS if negative else 0,
+            reason=reason,
+            note=b"n" if reason else b"",
+            follow_ups=[up] if up else [],
+        )
         is_done = record.state == "failed" and record.done_token == int(attempt.token)
         assert self.rig.word(call) == ("already" if is_done else "failed" if holds else "lost")
         if holds:
             self.landed(record, "failed")
-            record.negative, record.done_token = negative, int(attempt.token)
+            record.negative, record.done_token, record.reason = negative, int(attempt.token), reason
+            record.untold = {FollowUp.FAILURE, FollowUp.QUARANTINE} if reason else set()
             if up is not None:
-                self.told(up, self.world.payloads.pop(uri, set()))
+                record.untold.discard(FollowUp.FAILURE)
+                self.told(up, self.world.payloads.get(uri, set()))
+                if not reason:
+                    self.world.payloads.pop(uri, None)
 
     def act_retry(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
         delay = data.draw(st.sampled_from([0, 3600]))
@@ -768,7 +823,7 @@ class Machine(RuleBasedStateMachine):
         assert ("recall" in stored) == (record.place == "parked")
         counts = [int(stored.get(name, 0)) for name in ("attempts", "crashes", "retries", "token")]
         assert counts == [record.attempts, record.crashes, record.retries, record.token]
-        assert stored.get("quarantined") == ("1" if record.quarantined else None)
+        assert stored.get("quarantined", "") == record.reason
         if record.in_flight:
             assert int(stored["priority"]) == record.priority
             assert int(stored["ttl_ms"]) == record.ttl_ms

@@ -24,7 +24,7 @@ SOURCES = {
     if file.name.endswith(".lua")
 }
 #: scripts that the server may refuse when memory is out, or that only read; the others must always get through
-WITHOUT_FLAGS = {"submit", "put", "read", "locate", "browse", "stats"}
+WITHOUT_FLAGS = {"submit", "put", "read", "locate", "browse", "stats", "requeue"}
 #: Lua's own `error` is a function: the name below a header is another
 ALIASES = {"error": "err"}
 #: commands that give a key a TTL, and the only places where they may stand

@@ -75,6 +75,11 @@ revive other        alive       alive       alive       alive       alive       
 revive same         alive       already     already     already     already     already
 cancel -            unknown     cancelled*  cancelled*  cancelled*  cancelled*  cancelled*
 forget -            unknown     in_flight   in_flight   in_flight   in_flight   in_flight
+requeue mine        unknown     in_flight   in_flight   in_flight   in_flight   in_flight
+requeue other       unknown     in_flight   in_flight   in_flight   in_flight   in_flight
+requeue same        unknown     already     already     already     already     already
+discard mine        unknown     in_flight   in_flight   in_flight   in_flight   in_flight
+discard other       unknown     in_flight   in_flight   in_flight   in_flight   in_flight
 put new             stored*     stored*     stored*     stored*     stored*     stored*
 put impostor        stored*     conflict    conflict    conflict    conflict    conflict
 read -              unknown     found       found       found       found       found
@@ -86,55 +91,60 @@ clear all           cleared     cleared     cleared     cleared     cleared     
 clear temporary     cleared     cleared     cleared     cleared     cleared     cleared
 stats -             stats       stats       stats       stats       stats       stats
 """, """
-                    completed   sticky      evicted     failed      negative    quarantined cancelled
-submit new          hit         hit         new*        new*        negative    negative    new*
-submit same         hit         hit         new         new         new         new         new
-submit again        new*        new*        new*        new*        new*        new*        new*
-submit impostor     conflict    conflict    conflict    conflict    conflict    conflict    conflict
-start same          superseded  superseded  superseded  started*    started*    started*    superseded
-start other         superseded  superseded  superseded  superseded  superseded  superseded  superseded
-start repeated      superseded  superseded  superseded  started*    started*    started*    superseded
-take new            empty       empty       empty       empty       empty       empty       empty*
-take repeated       empty       empty       empty       empty       empty       empty       empty*
-admit mine          lost        lost        lost        lost        lost        lost        lost
-admit other         lost        lost        lost        lost        lost        lost        lost
-admit same          parked      parked      parked      parked      parked      parked      parked
-renew mine          lost        lost        lost        lost        lost        lost        lost
-renew other         lost        lost        lost        lost        lost        lost        lost
-complete mine       already     already     already     lost        lost        lost        lost
-complete other      lost        lost        lost        lost        lost        lost        lost
-fail mine           lost        lost        lost        already     already     lost        lost
-fail other          lost        lost        lost        lost        lost        lost        lost
-retry mine          lost        lost        lost        lost        lost        lost        lost
-retry other         lost        lost        lost        lost        lost        lost        lost
-retry same          already     already     already     already     already     already     already
-release mine        lost        lost        lost        lost        lost        lost        lost
-release other       lost        lost        lost        lost        lost        lost        lost
-release same        already     already     already     already     already     already     already
-conclude mine       lost        lost        lost        lost        lost        lost        lost
-conclude other      lost        lost        lost        lost        lost        lost        lost
-attend failure      already     already     already     already     already     attended*   already
-attend quarantine   already     already     already     already     already     attended*   already
-attend other        already     already     already     already     already     already     already
-crash mine          alive       alive       alive       alive       alive       alive       alive
-crash other         alive       alive       alive       alive       alive       alive       alive
-crash clock         alive       alive       alive       alive       alive       alive       alive
-crash same          already     already     already     already     already     already     already
-revive mine         alive       alive       alive       alive       alive       alive       alive
-revive other        alive       alive       alive       alive       alive       alive       alive
-revive same         already     already     already     already     already     already     already
-cancel -            ended       ended       ended       ended       ended       ended       ended
-forget -            forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*
-put new             stored*     stored*     stored*     stored*     stored*     stored*     stored*
-put impostor        conflict    conflict    conflict    conflict    conflict    conflict    conflict
-read -              found       found       found       found       found       found       found
-locate -            found       found       found       found       found       found       found
-browse line         page        page        page        page        page        page        page
-browse results      page        page        page        page        page        page        page
-sweep -             swept       swept       swept       swept       swept       swept       swept
-clear all           cleared*    cleared*    cleared*    cleared     cleared     cleared     cleared
-clear temporary     cleared*    cleared     cleared*    cleared     cleared     cleared     cleared
-stats -             stats       stats       stats       stats       stats       stats       stats
+                    completed   sticky      evicted     failed      negative    quarantined exhausted   cancelled
+submit new          hit         hit         new*        new*        negative    negative    new*        new*
+submit same         hit         hit         new         new         new         new         new         new
+submit again        new*        new*        new*        new*        new*        new*        new*        new*
+submit impostor     conflict    conflict    conflict    conflict    conflict    conflict    conflict    conflict
+start same          superseded  superseded  superseded  started*    started*    started*    started*    superseded
+start other         superseded  superseded  superseded  superseded  superseded  superseded  superseded  superseded
+start repeated      superseded  superseded  superseded  started*    started*    started*    started*    superseded
+take new            empty       empty       empty       empty       empty       empty       empty       empty*
+take repeated       empty       empty       empty       empty       empty       empty       empty       empty*
+admit mine          lost        lost        lost        lost        lost        lost        lost        lost
+admit other         lost        lost        lost        lost        lost        lost        lost        lost
+admit same          parked      parked      parked      parked      parked      parked      parked      parked
+renew mine          lost        lost        lost        lost        lost        lost        lost        lost
+renew other         lost        lost        lost        lost        lost        lost        lost        lost
+complete mine       already     already     already     lost        lost        lost        lost        lost
+complete other      lost        lost        lost        lost        lost        lost        lost        lost
+fail mine           lost        lost        lost        already     already     lost        already     lost
+fail other          lost        lost        lost        lost        lost        lost        lost        lost
+retry mine          lost        lost        lost        lost        lost        lost        lost        lost
+retry other         lost        lost        lost        lost        lost        lost        lost        lost
+retry same          already     already     already     already     already     already     already     already
+release mine        lost        lost        lost        lost        lost        lost        lost        lost
+release other       lost        lost        lost        lost        lost        lost        lost        lost
+release same        already     already     already     already     already     already     already     already
+conclude mine       lost        lost        lost        lost        lost        lost        lost        lost
+conclude other      lost        lost        lost        lost        lost        lost        lost        lost
+attend failure      already     already     already     already     already     attended*   attended*   already
+attend quarantine   already     already     already     already     already     attended*   attended*   already
+attend other        already     already     already     already     already     already     already     already
+crash mine          alive       alive       alive       alive       alive       alive       alive       alive
+crash other         alive       alive       alive       alive       alive       alive       alive       alive
+crash clock         alive       alive       alive       alive       alive       alive       alive       alive
+crash same          already     already     already     already     already     already     already     already
+revive mine         alive       alive       alive       alive       alive       alive       alive       alive
+revive other        alive       alive       alive       alive       alive       alive       alive       alive
+revive same         already     already     already     already     already     already     already     already
+cancel -            ended       ended       ended       ended       ended       ended       ended       ended
+forget -            forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*
+requeue mine        ended       ended       ended       ended       ended       requeued*   requeued*   ended
+requeue other       ended       ended       ended       ended       ended       superseded  superseded  ended
+requeue same        already     already     already     already     already     already     already     already
+discard mine        ended       ended       ended       ended       ended       discarded*  discarded*  ended
+discard other       ended       ended       ended       ended       ended       superseded  superseded  ended
+put new             stored*     stored*     stored*     stored*     stored*     stored*     stored*     stored*
+put impostor        conflict    conflict    conflict    conflict    conflict    conflict    conflict    conflict
+read -              found       found       found       found       found       found       found       found
+locate -            found       found       found       found       found       found       found       found
+browse line         page        page        page        page        page        page        page        page
+browse results      page        page        page        page        page        page        page        page
+sweep -             swept       swept       swept       swept       swept       swept       swept       swept
+clear all           cleared*    cleared*    cleared*    cleared     cleared     cleared     cleared     cleared
+clear temporary     cleared*    cleared     cleared*    cleared     cleared     cleared     cleared     cleared
+stats -             stats       stats       stats       stats       stats       stats       stats       stats
 """, """
                     placed      full        called      parked
 submit new          joined      joined      joined      joined
@@ -175,6 +185,11 @@ revive other        alive       alive       alive       alive
 revive same         already     already     already     already
 cancel -            cancelled*  cancelled*  cancelled*  cancelled*
 forget -            in_flight   in_flight   in_flight   in_flight
+requeue mine        in_flight   in_flight   in_flight   in_flight
+requeue other       in_flight   in_flight   in_flight   in_flight
+requeue same        already     already     already     already
+discard mine        in_flight   in_flight   in_flight   in_flight
+discard other       in_flight   in_flight   in_flight   in_flight
 put new             stored*     stored*     stored*     stored*
 put impostor        conflict    conflict    conflict    conflict
 read -              found       found       found       found
@@ -213,6 +228,8 @@ SECOND_WORD = {
     ("attend", "attended"): "already",
     ("cancel", "cancelled"): "ended",
     ("forget", "forgotten"): "unknown",
+    ("requeue", "requeued"): "already",
+    ("discard", "discarded"): "unknown",
 }
 
 
@@ -264,6 +281,11 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             lost = ticket.job_id if variant == "other" else seeded.job_id
             found = Overdue(key, REQUEST.uri, "arm", Priority.DEFAULT, job_id=lost)
             return rig.calls.revive(found, same if variant == "same" else rig.ticket(REQUEST))
+        case "requeue", _:
+            seen = ticket.job_id if variant == "other" else seeded.job_id
+            return rig.requeue(key, seen, same if variant == "same" else rig.ticket(REQUEST))
+        case "discard", _:
+            return rig.discard(key, ticket.job_id if variant == "other" else seeded.job_id)
         case "put", _:
             return rig.put(IMPOSTOR if variant == "impostor" else REQUEST, secrets.token_hex(8))
         case "read", _:

@@ -206,9 +206,10 @@ local function retire(old_job_id, job_id, commands)
   if redis.call('PTTL', replaced) == -1 then redis.call('PEXPIRE', replaced, TICKET_KEPT_MS) end
 end
 
--- A claim goes back to pending behind a new ticket. Its place in line is that of the old one.
-local function requeue(key, fields, job_id, commands, data)
-  retire(fields.job_id, job_id, commands)
+-- A claim goes back to pending behind a new ticket. Its place in line is that of the old one. `job`: RQ's job hash of the
+-- old ticket, which ends with the attempt; none or '' = somebody else may be at it.
+local function requeue(key, fields, job_id, commands, data, job)
+  if job and job ~= '' then redis.call('UNLINK', job) else retire(fields.job_id, job_id, commands) end
   leave_line(key, fields)
   if fields.limit then vacate(key, fields.limit) end
   redis.call('ZREM', leases_name(), key)
@@ -250,7 +251,7 @@ end
 
 -- The ticket of a failed request was put back: it starts anew.
 local function revoke_failure(key, fields)
-  redis.call('HDEL', status_name(key), 'error', 'quarantined', 'negative_until', 'crashes', 'retries')
+  redis.call('HDEL', status_name(key), 'error', 'quarantined', 'note', 'negative_until', 'crashes', 'retries')
   readmit(key)
   fields.crashes, fields.retries = nil, nil
 end
@@ -282,15 +283,43 @@ local function expire_at(name, deadline_ms)
   if deadline_ms then redis.call('PEXPIREAT', name, int(deadline_ms)) else redis.call('PERSIST', name) end
 end
 
-local function set_aside(key, fields, err)
+-- Why a request is set aside. After these nothing runs it but somebody's decision; after the others a submit may. '1' is
+-- what an earlier form wrote for poison.
+local BLOCKING = {['1'] = true, poison = true, asked = true}
+
+local function set_aside(key, fields, err, reason, note)
   land(key, fields)
-  redis.call('HSET', status_name(key), 'state', 'failed', 'quarantined', '1', 'ended_ms', int(now_ms), 'error', err)
+  redis.call('HSET', status_name(key), 'state', 'failed', 'quarantined', reason, 'ended_ms', int(now_ms), 'error', err)
+  if note and note ~= '' then redis.call('HSET', status_name(key), 'note', note) end
   redis.call('ZADD', quarantine_name(), int(now_ms), key)
   -- Whoever sees the death need not know the routes: a worker that does tells those who want to hear of it.
   local since = int(next_seq())
   redis.call('ZADD', unattended_name('failure'), since, key)
   redis.call('ZADD', unattended_name('quarantine'), since, key)
   wake(key, 'failed')
+end
+
+-- Too many are set aside: the oldest go, those first after which a submit may run the request anyhow. A flood of failures
+-- must not let a killer out.
+local function trim_quarantine(keep, most)
+  local surplus = math.min(redis.call('ZCARD', quarantine_name()) - keep, most)
+  if surplus <= 0 then return end
+  local free, kept = {}, {}
+  for _, key in ipairs(redis.call('ZRANGE', quarantine_name(), 0, 99)) do
+    local list = BLOCKING[look_at(key, 'quarantined').quarantined or ''] and kept or free
+    list[#list + 1] = key
+  end
+  for i = 1, surplus do
+    local key = free[i] or kept[i - #free]
+    if not key then break end
+    redis.call('UNLINK', status_name(key), callbacks_name(key), followup_name(key))
+    readmit(key)
+  end
+end
+
+-- RQ's own commands that delete a job: a JSON list of commands, each a list of strings.
+local function dismiss(commands)
+  for _, command in ipairs(cjson.decode(commands)) do redis.call(unpack(command)) end
 end
 
 local function drop_result(key)
@@ -376,7 +405,7 @@ local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks
   redis.call('HSET', status_name(key), 'state', 'completed', 'ended_ms', int(now_ms), 'sticky', sticky and '1' or '0',
     'done_token', done_token)
   -- Of a flight only what readers see stays, and what a repeated submit or complete is known by.
-  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress', 'error', 'quarantined', 'negative_until', 'kwargs', 'ticket', 'slot', 'ttl_ms',
+  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress', 'error', 'quarantined', 'note', 'negative_until', 'kwargs', 'ticket', 'slot', 'ttl_ms',
     'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms')
   expire_together(key, owner, chunks, not sticky and now_ms + ttl_ms or nil)
   redis.call('ZADD', sizes_name(), size_bytes, key)

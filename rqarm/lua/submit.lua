@@ -173,7 +173,7 @@ elseif state == 'pending' or state == 'in_progress' then
   elseif state == 'in_progress' and not is_live and strikes + 1 >= max_attempts then
     redis.call('HINCRBY', status, 'crashes', 1)
     keep_payload()
-    set_aside(key, claim, '')
+    set_aside(key, claim, '', 'poison')
     count('executions', 'crashed')
     event('crash', key, 'failed')
     outcome = 'negative'
@@ -192,7 +192,8 @@ elseif state == 'pending' or state == 'in_progress' then
     end
     outcome = 'joined'
   end
-elseif again == '0' and state == 'failed' and (claim.quarantined or tonumber(claim.negative_until or 0) > now_ms) then
+elseif again == '0' and state == 'failed'
+  and (BLOCKING[claim.quarantined or ''] or tonumber(claim.negative_until or 0) > now_ms) then
   outcome = 'negative'
 elseif state and state ~= 'completed' and state ~= 'failed' and state ~= 'cancelled' then
   outcome, extra = 'corrupt', state

@@ -90,13 +90,7 @@ local function tidy()
   for _, key in ipairs(redis.call('ZRANGEBYSCORE', results_name(), '-inf', int(now_ms), 'LIMIT', 0, limit)) do
     if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key) end
   end
-  local surplus = redis.call('ZCARD', quarantine_name()) - keep
-  if surplus > 0 then
-    for _, key in ipairs(redis.call('ZRANGE', quarantine_name(), 0, math.min(surplus, limit) - 1)) do
-      redis.call('UNLINK', status_name(key), callbacks_name(key), followup_name(key))
-      readmit(key)
-    end
-  end
+  trim_quarantine(keep, limit)
   -- Failures of which nobody wants to be told. Their scores are tickets, times in microseconds.
   for _, name in ipairs({unattended_name('failure'), unattended_name('quarantine')}) do
     redis.call('ZREMRANGEBYSCORE', name, '-inf', int(now_us - UNATTENDED_KEPT_US))
