@@ -36,7 +36,7 @@ from rqarm.following import FollowEvent, FollowKind
 from rqarm.handlers import MISS, Handlers, Retry
 from rqarm.inline import BulkResult
 from rqarm.manager import RequestManager
-from rqarm.model import BatchStatus, Outcome, Priority, State
+from rqarm.model import BatchStatus, Outcome, Priority, Reason, State
 from rqarm.request import BatchRequest
 from rqarm.version import __version__ as __version__
 
@@ -66,6 +66,7 @@ __all__ = [
     "Outcome",
     "Priority",
     "Quarantined",
+    "Reason",
     "RequestCancelled",
     "RequestFailed",
     "RequestLost",

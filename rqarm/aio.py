@@ -19,6 +19,7 @@ from rqarm.inline import BulkResult, Compute, Mitigation, OnHits
 from rqarm.inspect import Overview, overview
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus
+from rqarm.quarantine import AsyncQuarantine
 from rqarm.queue import AsyncLease, AsyncQueues
 from rqarm.request import BatchRequest
 from rqarm.rqjobs import RqJobs
@@ -37,6 +38,7 @@ class AsyncRequestManager:
         self.shell = AsyncShell(self.core.keys, self.settings, where, connection)
         self.cache = AsyncCache(self.core, self.shell)
         self.queues = AsyncQueues(self.core, self.shell)
+        self.quarantine = AsyncQuarantine(self.core, self.shell)
 
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> AsyncRequestManager:
@@ -46,8 +48,10 @@ class AsyncRequestManager:
     def connection(self) -> redis.asyncio.Redis:
         return self.shell.client
 
-    async def submit(self, request: BatchRequest | str, *, payload: Any = None) -> BatchStatus:
-        return await self.shell.run(flows.submit(self.core, request, payload))
+    async def submit(
+        self, request: BatchRequest | str, *, payload: Any = None, payload_id: str | None = None
+    ) -> BatchStatus:
+        return await self.shell.run(flows.submit(self.core, request, payload, payload_id=payload_id))
 
     async def submit_many(self, requests: Iterable[BatchRequest | str]) -> list[BatchStatus]:
         return await self.shell.run(bulk.submit_many(self.core, requests))
@@ -69,8 +73,10 @@ class AsyncRequestManager:
             self.core, self.shell, requests_with_payloads, on_hits, mitigation, compute
         )
 
-    async def resubmit(self, request: BatchRequest | str, *, payload: Any = None) -> BatchStatus:
-        return await self.shell.run(flows.submit(self.core, request, payload, again=True))
+    async def resubmit(
+        self, request: BatchRequest | str, *, payload: Any = None, payload_id: str | None = None
+    ) -> BatchStatus:
+        return await self.shell.run(flows.submit(self.core, request, payload, payload_id=payload_id, again=True))
 
     async def status(self, key: str) -> BatchStatus:
         return await self.shell.run(flows.status(self.core, key))
@@ -90,8 +96,10 @@ class AsyncRequestManager:
     async def get(self, request: BatchRequest | str, timeout: float | None = None) -> Any:
         return await self.shell.run(flows.get(self.core, request, timeout))
 
-    async def get_or_submit(self, request: BatchRequest | str, payload: Any = None) -> tuple[bool, Any]:
-        return await self.shell.run(flows.get_or_submit(self.core, request, payload))
+    async def get_or_submit(
+        self, request: BatchRequest | str, payload: Any = None, *, payload_id: str | None = None
+    ) -> tuple[bool, Any]:
+        return await self.shell.run(flows.get_or_submit(self.core, request, payload, payload_id=payload_id))
 
     async def wait(self, keys: str | Iterable[str], timeout: float | None = None) -> list[BatchStatus]:
         return await self.shell.run(flows.wait(self.core, keys, timeout))

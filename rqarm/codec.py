@@ -55,6 +55,8 @@ MAX_BYTES = 1 << 30
 MAX_CHUNK_BYTES = 512 << 20
 #: version of the envelope's fields and of the extension types
 VERSION = 1
+#: payloads, arguments of retries and notes of quarantine: they lie in memory with every record
+MAX_ARGUMENTS_BYTES = 1 << 20
 #: bytes kept of an error's message (the head) and traceback (the tail)
 MAX_MESSAGE_BYTES = 4_096
 MAX_TRACEBACK_BYTES = 16_384
@@ -105,6 +107,21 @@ def pack(value: Any) -> bytes:
     except Exception as error:
         # a tzinfo is user code and may raise anything
         raise _blame(value, error) from error
+    return packed
+
+
+def pack_arguments(value: Any) -> bytes:
+    """As ``pack``, for what is kept in a record beside the result: payloads, arguments of a retry, notes.
+
+    Raises UnpackableResult, also above MAX_ARGUMENTS_BYTES: store large data elsewhere and pass its name.
+    """
+    packed = pack(value)
+    if len(packed) > MAX_ARGUMENTS_BYTES:
+        largest = max(value, key=lambda name: len(pack(value[name]))) if isinstance(value, dict) and value else None
+        raise UnpackableResult(
+            "$" if largest is None else f"$[{largest!r}]",
+            f"{len(packed)} bytes in all are more than {MAX_ARGUMENTS_BYTES}, store it elsewhere and pass its name",
+        )
     return packed
 
 

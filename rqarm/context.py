@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from rqarm import codec
 from rqarm.errors import LeaseLost
 from rqarm.model import Key
 from rqarm.request import BatchRequest
@@ -26,15 +27,30 @@ class RetryLater(Exception):
     """Raised by a handler to end this attempt and be called again; made by ``Context.retry``.
 
     ``delay``: seconds until the next attempt, None = what the route's ``retry`` says. ``kwargs``: arguments that the
-    next attempt gets instead of those of this one.
+    next attempt gets instead of those of this one. Raises UnpackableResult where they are given, so that the traceback
+    shows who did.
     """
 
     def __init__(self, delay: float | None = None, kwargs: Mapping[str, Any] | None = None) -> None:
         if delay is not None and not 0 <= delay < math.inf:
             raise ValueError(f"delay must be 0 or more seconds, not {delay!r}")
+        codec.pack_arguments(dict(kwargs or {}))
         super().__init__("at once" if delay == 0 else f"after {delay:g} s" if delay else "after the route's interval")
         self.delay = delay
         self.kwargs: Mapping[str, Any] = MappingProxyType(dict(kwargs or {}))
+
+
+class SetAside(Exception):
+    """Raised by a handler to end the request and have it kept until somebody decides; made by ``Context.quarantine``.
+
+    ``info``: what else should be known. It is packed here: UnpackableResult is raised where it is given.
+    """
+
+    def __init__(self, message: str = "", info: Mapping[str, Any] | None = None) -> None:
+        self.packed_info = codec.pack_arguments(dict(info or {}))
+        super().__init__(message)
+        self.message = message
+        self.info: Mapping[str, Any] = MappingProxyType(dict(info or {}))
 
 
 class Context:
@@ -134,6 +150,15 @@ class Context:
         """The exception to raise to be called again: ``raise context.retry(delay=30, page=2)``.
 
         ``delay`` in seconds, None = what the route's ``retry`` says. ``kwargs`` replace arguments of the same name in
-        the next call; all of them are in its ``context.kwargs``. Raises ValueError for a negative delay.
+        the next call; all of them are in its ``context.kwargs``. Raises ValueError for a negative delay,
+        UnpackableResult for what cannot be stored.
         """
         return RetryLater(delay, kwargs)
+
+    def quarantine(self, message: str = "", /, **info: Any) -> SetAside:
+        """The exception to raise to set the request aside: ``raise context.quarantine("gone", status_code=410)``.
+
+        It is not tried again, and a submit does not run it, until somebody requeues or discards it. ``info`` is kept
+        with it; ``message`` can be given by name. Raises UnpackableResult for what cannot be stored.
+        """
+        return SetAside(message or str(info.pop("message", "")), info)

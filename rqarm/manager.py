@@ -17,6 +17,7 @@ from rqarm.following import FollowEvent
 from rqarm.inline import BulkResult, Compute, Mitigation, OnHits
 from rqarm.inspect import Overview, overview
 from rqarm.model import BatchStatus
+from rqarm.quarantine import Quarantine
 from rqarm.queue import Lease, Queues
 from rqarm.request import BatchRequest
 from rqarm.rqjobs import RqJobs
@@ -41,6 +42,8 @@ class RequestManager:
         self.cache = Cache(self.core, self.shell)
         #: the pull interface
         self.queues = Queues(self.core, self.shell)
+        #: failed requests that were set aside
+        self.quarantine = Quarantine(self.core, self.shell)
 
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> RequestManager:
@@ -52,15 +55,17 @@ class RequestManager:
         """The redis-py client, for what rqarm does not do."""
         return self.shell.client
 
-    def submit(self, request: BatchRequest | str, *, payload: Any = None) -> BatchStatus:
+    def submit(self, request: BatchRequest | str, *, payload: Any = None, payload_id: str | None = None) -> BatchStatus:
         """Answer from the cache, join what is in flight, or queue once; ``outcome`` says which. One round trip.
 
-        A str is taken as a URI. ``payload`` joins the payloads of the claim, once however often it is submitted. The
-        ``value`` of a hit is filled unless it is large (``inline_bytes``). Sending it again after a lost reply is safe.
+        A str is taken as a URI. ``payload``: for the callback of the route; it joins the payloads of the claim, and of
+        several with one ``payload_id`` (by default a hash of the content) the first counts. None: no payload. A hit has
+        no callback. The ``value`` of a hit is filled unless it is large (``inline_bytes``). Sending it again after a
+        lost reply is safe.
 
         Raises InvalidRequest, KeyConflict; redis OutOfMemoryError and ReadOnlyError when the server takes no writes.
         """
-        return self.shell.run(flows.submit(self.core, request, payload))
+        return self.shell.run(flows.submit(self.core, request, payload, payload_id=payload_id))
 
     def submit_many(self, requests: Iterable[BatchRequest | str]) -> list[BatchStatus]:
         """Submit many, 1,000 in a round trip. Equal requests are sent once; answers stand in the order given.
@@ -104,9 +109,11 @@ class RequestManager:
         """
         return inline.get_or_submit(self.core, self.shell, requests_with_payloads, on_hits, mitigation, compute)
 
-    def resubmit(self, request: BatchRequest | str, *, payload: Any = None) -> BatchStatus:
+    def resubmit(
+        self, request: BatchRequest | str, *, payload: Any = None, payload_id: str | None = None
+    ) -> BatchStatus:
         """Run the request again whatever is cached; what is in flight is joined. The old result goes at once."""
-        return self.shell.run(flows.submit(self.core, request, payload, again=True))
+        return self.shell.run(flows.submit(self.core, request, payload, payload_id=payload_id, again=True))
 
     def status(self, key: str) -> BatchStatus:
         """What is known of a key; state ``unknown`` when nothing is."""
@@ -136,9 +143,11 @@ class RequestManager:
         """Submit and wait: the value. Raises what ``submit`` and ``result`` raise."""
         return self.shell.run(flows.get(self.core, request, timeout))
 
-    def get_or_submit(self, request: BatchRequest | str, payload: Any = None) -> tuple[bool, Any]:
+    def get_or_submit(
+        self, request: BatchRequest | str, payload: Any = None, *, payload_id: str | None = None
+    ) -> tuple[bool, Any]:
         """(True, value) when it is cached, in the same round trip; else it is submitted: (False, status)."""
-        return self.shell.run(flows.get_or_submit(self.core, request, payload))
+        return self.shell.run(flows.get_or_submit(self.core, request, payload, payload_id=payload_id))
 
     def wait(self, keys: str | Iterable[str], timeout: float | None = None) -> list[BatchStatus]:
         """Sleep until all have ended or ``timeout`` seconds are over; the statuses in the order of the keys."""

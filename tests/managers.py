@@ -23,13 +23,14 @@ from servers import eventually
 
 from rqarm import AsyncRequestManager, BulkResult, RequestManager
 from rqarm.cache import AsyncCache
+from rqarm.quarantine import AsyncQuarantine
 from rqarm.queue import AsyncLease, AsyncQueues
 
 KINDS = ("blocking", "asyncio")
 #: seconds after which a test that waits for something is wrong
 PATIENCE = 20.0
 
-_PARTS = (AsyncRequestManager, AsyncCache, AsyncQueues, AsyncLease)
+_PARTS = (AsyncRequestManager, AsyncCache, AsyncQuarantine, AsyncQueues, AsyncLease)
 
 
 class Loop:

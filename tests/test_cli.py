@@ -30,7 +30,7 @@ from click.testing import CliRunner, Result
 import rqarm
 from rqarm import BatchRequest, RequestManager
 from rqarm.cli import COMMANDS, common, main, waiting
-from rqarm.cli.common import duration, json_text, plain, size
+from rqarm.cli.common import FAILURE, NOT_READY, USAGE, duration, json_text, plain, size
 from rqarm.model import BatchStatus, Key, State
 
 Run = Callable[..., Result]
@@ -513,6 +513,10 @@ def test_result_waits_when_it_is_told_to(rm: RequestManager, run: Run, url: str)
         ["ls", "--state", "quarantined"],
         ["ls", "--state", "cached", "--limit", "1"],
         ["ls", "--queue", "nothing"],
+        ["quarantine", "list"],
+        ["quarantine", "show", "aside"],
+        ["quarantine", "requeue", "aside"],
+        ["quarantine", "discard", "aside", "done"],
         ["key", "/x", "-p", "a=1"],
         ["key", "HTTP://Example.ORG:80/x?b=2&a=1", "--explain"],
         ["cache", "ls"],
@@ -528,6 +532,8 @@ def test_json_is_one_document_and_nothing_else(rm: RequestManager, run: Run, arg
     rm.cache.put(BatchRequest("/done", key="done"), {"text": HOSTILE})
     rm.submit(BatchRequest("/failed?password=sesame", key="failed"))
     take(rm).fail(ValueError(HOSTILE))
+    rm.submit(BatchRequest("/aside?password=sesame", key="aside"), payload={"text": HOSTILE})
+    take(rm).fail(ValueError(HOSTILE), quarantine=True, api_key="sesame", text=HOSTILE)
     rm.submit(BatchRequest("/running", key="running"))
     lease = take(rm)
     rm.submit(BatchRequest("/pending", key="pending"))
@@ -1225,3 +1231,59 @@ def test_a_bar_shows_how_far_a_file_is(rm: RequestManager, url: str, tmp_path: P
     assert "100%" in text
     assert f"{file}:2501: " in text
     assert len(rm.queue()) == 2500
+
+
+# -- quarantine
+
+
+def set_aside(rm: RequestManager, key: str, error: Exception, **info: Any) -> None:
+    rm.submit(BatchRequest(f"/{key}?token=sesame", key=key), payload={"for": key})
+    take(rm).fail(error, quarantine=True, **info)
+
+
+def test_the_quarantine_is_listed_newest_first_and_shown_with_everything_but_secrets(
+    rm: RequestManager, run: Run
+) -> None:
+    set_aside(rm, "first", ValueError("no"))
+    set_aside(rm, "second", TimeoutError("late"), status_code=504, api_key="sesame")
+    listed = run("quarantine", "list")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["KEY", "second", "first"]
+    assert "TimeoutError" in listed.stdout
+    assert [line.split()[0] for line in run("quarantine", "list", "--exception", "ValueError").stdout.splitlines()] == [
+        "KEY",
+        "first",
+    ]
+    shown = run("quarantine", "show", "second")
+    lines = dict(line.split(None, 1) for line in shown.stdout.splitlines() if " " in line)
+    assert lines["info"] == '{"status_code": 504, "api_key": "***"}'
+    assert lines["payloads"] == '[{"for": "second"}]'
+    assert lines["reason"] == "asked"
+    assert "sesame" not in listed.output + shown.output
+    assert run("quarantine", "show", "nothing").exit_code == FAILURE
+
+
+def test_requeue_and_discard_do_what_is_named_and_the_exit_code_tells_of_the_rest(rm: RequestManager, run: Run) -> None:
+    for key in "abc":
+        set_aside(rm, key, ValueError(key))
+    requeued = run("quarantine", "requeue", "a", "nothing")
+    assert (requeued.stdout.splitlines(), requeued.exit_code) == (["a requeued", "nothing unknown"], FAILURE)
+    assert rm.status("a").state is State.PENDING
+    assert run("quarantine", "discard", "a").exit_code == NOT_READY
+    assert run("quarantine", "discard", "--exception", "TypeError").stdout == ""
+    discarded = run("quarantine", "discard", "--exception", "ValueError")
+    assert (discarded.stdout.splitlines(), discarded.exit_code) == (["b discarded", "c discarded"], 0)
+    assert rm.quarantine.count() == 0
+
+
+@pytest.mark.parametrize("verb", ["requeue", "discard"])
+@pytest.mark.parametrize("choice", [(), ("a", "--all"), ("a", "--route", "/x")])
+def test_nothing_moves_that_was_not_clearly_chosen(
+    rm: RequestManager, run: Run, verb: str, choice: Sequence[str]
+) -> None:
+    set_aside(rm, "a", ValueError("a"))
+    result = run("quarantine", verb, *choice)
+    assert result.exit_code == USAGE
+    assert "--all" in result.stderr
+    assert rm.quarantine.count() == 1
+    assert run("quarantine", verb, "--all").exit_code == 0
+    assert rm.quarantine.count() == 0

@@ -27,6 +27,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import bulk  # noqa: E402
+import callbacks  # noqa: E402
 import cities  # noqa: E402 -- the examples are scripts beside each other, not a package
 import follow  # noqa: E402
 import interactive  # noqa: E402
@@ -295,6 +296,31 @@ def test_a_full_queue_is_service_unavailable(redis_client: redis.Redis) -> None:
         assert browser.post("/batch", data={"uri": "/distances/DE"}).status_code == 503
 
 
+# --- callbacks
+
+
+def test_every_reader_of_a_report_gets_one_mail(
+    rm: RequestManager,
+    redis_client: redis.Redis,
+    work: Callable[[], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(callbacks, "OUTBOX", tmp_path / "outbox.txt")
+    use_handlers(callbacks.handlers)
+    outcomes = [callbacks.order(rm, 2024, to) for to in ("ann", "bob", "ann")]
+    callbacks.order(rm, 1800, "cid")
+    work()
+    outcomes.append(callbacks.order(rm, 2024, "dan"))
+    assert outcomes == ["new", "joined", "joined", "hit"]
+    assert sorted(callbacks.OUTBOX.read_text().splitlines()) == [
+        "ann: the report of 2024 is ready: 6072 sold",
+        "bob: the report of 2024 is ready: 6072 sold",
+        "cid: no report for /report/1800: year: there are no figures before 1900",
+        "dan: the report of 2024 is ready: 6072 sold",
+    ]
+
+
 def test_a_route_that_nobody_has_is_no_handler() -> None:
     with pytest.raises(NoHandler):
         cities.handlers.match(BatchRequest("/countries"))
@@ -422,6 +448,7 @@ def test_a_search_shows_what_it_has_found_so_far(hired: Callable[[str], Crew], c
         "  on the shelf history: The Time of Rome",
         "  on the shelf science: Time, A Short Time",
         "  on the shelf fiction: The Time Machine",
+    ]
     assert first[-1] == "in all: The Time of Rome, Time, A Short Time, The Time Machine"
     follow.show(team.rm, follow.search.request("time"))
     again = capsys.readouterr().out.splitlines()

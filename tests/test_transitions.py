@@ -27,7 +27,7 @@ from rqarm import calls as calls_module
 from rqarm.calls import Attempt, Call, Found, Overdue, Ticket
 from rqarm.errors import ForeignData, KeyConflict, LeaseLost, RqarmError
 from rqarm.keys import URI_FIELDS
-from rqarm.model import TRANSITIONS, Key, Outcome, Priority, State, Token
+from rqarm.model import TRANSITIONS, FollowUp, Key, Outcome, Priority, State, Token
 from rqarm.request import BatchRequest
 from rqarm.scripts import all_scripts, script
 
@@ -65,6 +65,11 @@ retry same          lost        already     already     already     already     
 release mine        lost        lost        lost        released*   lost        released*
 release other       lost        lost        lost        lost        lost        lost
 release same        lost        already     already     already     already     already
+conclude mine       already     lost        lost        concluded*  lost        concluded*
+conclude other      already     lost        lost        lost        lost        lost
+attend failure      already     already     already     already     already     already
+attend quarantine   already     already     already     already     already     already
+attend other        already     already     already     already     already     already
 crash mine          alive       alive       alive       requeued*   alive       requeued*
 crash other         alive       alive       alive       alive       alive       alive
 crash clock         alive       alive       alive       alive       alive       requeued*
@@ -74,6 +79,11 @@ revive other        alive       alive       alive       alive       alive       
 revive same         alive       already     already     already     already     already
 cancel -            unknown     cancelled*  cancelled*  cancelled*  cancelled*  cancelled*
 forget -            unknown     in_flight   in_flight   in_flight   in_flight   in_flight
+requeue mine        unknown     in_flight   in_flight   in_flight   in_flight   in_flight
+requeue other       unknown     in_flight   in_flight   in_flight   in_flight   in_flight
+requeue same        unknown     already     already     already     already     already
+discard mine        unknown     in_flight   in_flight   in_flight   in_flight   in_flight
+discard other       unknown     in_flight   in_flight   in_flight   in_flight   in_flight
 put new             stored*     stored*     stored*     stored*     stored*     stored*
 put impostor        stored*     conflict    conflict    conflict    conflict    conflict
 read -              unknown     found       found       found       found       found
@@ -95,63 +105,73 @@ invalidate red      invalidated  invalidated  invalidated  invalidated  invalida
 clear route         cleared     cleared     cleared     cleared     cleared     cleared
 clear old           cleared     cleared     cleared     cleared     cleared     cleared
 """, """
-                    completed   sticky      evicted     failed      negative    quarantined cancelled
-submit new          hit         hit         new*        new*        negative    negative    new*
-submit same         hit         hit         new         new         new         new         new
-submit again        new*        new*        new*        new*        new*        new*        new*
-submit impostor     conflict    conflict    conflict    conflict    conflict    conflict    conflict
-start same          superseded  superseded  superseded  started*    started*    started*    superseded
-start other         superseded  superseded  superseded  superseded  superseded  superseded  superseded
-start repeated      superseded  superseded  superseded  started*    started*    started*    superseded
-start own           superseded  superseded  superseded  superseded  superseded  superseded  superseded
-take new            empty       empty       empty       empty       empty       empty       empty*
-take repeated       empty       empty       empty       empty       empty       empty       empty*
-admit mine          lost        lost        lost        lost        lost        lost        lost
-admit other         lost        lost        lost        lost        lost        lost        lost
-admit same          parked      parked      parked      parked      parked      parked      parked
-renew mine          lost        lost        lost        lost        lost        lost        lost
-renew other         lost        lost        lost        lost        lost        lost        lost
-emit mine           lost        lost        lost        lost        lost        lost        lost
-emit other          lost        lost        lost        lost        lost        lost        lost
-complete mine       already     already     already     lost        lost        lost        lost
-complete other      lost        lost        lost        lost        lost        lost        lost
-fail mine           lost        lost        lost        already     already     lost        lost
-fail other          lost        lost        lost        lost        lost        lost        lost
-retry mine          lost        lost        lost        lost        lost        lost        lost
-retry other         lost        lost        lost        lost        lost        lost        lost
-retry same          already     already     already     already     already     already     already
-release mine        lost        lost        lost        lost        lost        lost        lost
-release other       lost        lost        lost        lost        lost        lost        lost
-release same        already     already     already     already     already     already     already
-crash mine          alive       alive       alive       alive       alive       alive       alive
-crash other         alive       alive       alive       alive       alive       alive       alive
-crash clock         alive       alive       alive       alive       alive       alive       alive
-crash same          already     already     already     already     already     already     already
-revive mine         alive       alive       alive       alive       alive       alive       alive
-revive other        alive       alive       alive       alive       alive       alive       alive
-revive same         already     already     already     already     already     already     already
-cancel -            ended       ended       ended       ended       ended       ended       ended
-forget -            forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*
-put new             stored*     stored*     stored*     stored*     stored*     stored*     stored*
-put impostor        conflict    conflict    conflict    conflict    conflict    conflict    conflict
-read -              found       found       found       found       found       found       found
-follow -            found       found       found       found       found       found       found
-locate -            found       found       found       found       found       found       found
-browse line         page        page        page        page        page        page        page
-browse results      page        page        page        page        page        page        page
-sweep -             swept       swept       swept       swept       swept       swept       swept
-clear all           cleared*    cleared*    cleared*    cleared     cleared     cleared     cleared
-clear temporary     cleared*    cleared     cleared*    cleared     cleared     cleared     cleared
-stats -             stats       stats       stats       stats       stats       stats       stats
-overview -          overview    overview    overview    overview    overview    overview    overview
-search any          page        page        page        page        page        page        page
-claims -            page        page        page        page        page        page        page
-inspect -           found       found       found       found       found       found       found
-survey -            survey      survey      survey      survey      survey      survey      survey
-retain sticky       retained*   retained    no_result   no_result   no_result   no_result   no_result
-invalidate red      invalidated* invalidated* invalidated* invalidated  invalidated  invalidated  invalidated
-clear route         cleared*    cleared*    cleared*    cleared     cleared     cleared     cleared
-clear old           cleared     cleared     cleared     cleared     cleared     cleared     cleared
+                    completed   sticky      evicted     failed      negative    quarantined exhausted   cancelled
+submit new          hit         hit         new*        new*        negative    negative    new*        new*
+submit same         hit         hit         new         new         new         new         new         new
+submit again        new*        new*        new*        new*        new*        new*        new*        new*
+submit impostor     conflict    conflict    conflict    conflict    conflict    conflict    conflict    conflict
+start same          superseded  superseded  superseded  started*    started*    started*    started*    superseded
+start other         superseded  superseded  superseded  superseded  superseded  superseded  superseded  superseded
+start repeated      superseded  superseded  superseded  started*    started*    started*    started*    superseded
+start own           superseded  superseded  superseded  superseded  superseded  superseded  superseded  superseded
+take new            empty       empty       empty       empty       empty       empty       empty       empty*
+take repeated       empty       empty       empty       empty       empty       empty       empty       empty*
+admit mine          lost        lost        lost        lost        lost        lost        lost        lost
+admit other         lost        lost        lost        lost        lost        lost        lost        lost
+admit same          parked      parked      parked      parked      parked      parked      parked      parked
+renew mine          lost        lost        lost        lost        lost        lost        lost        lost
+renew other         lost        lost        lost        lost        lost        lost        lost        lost
+emit mine           lost        lost        lost        lost        lost        lost        lost        lost
+emit other          lost        lost        lost        lost        lost        lost        lost        lost
+complete mine       already     already     already     lost        lost        lost        lost        lost
+complete other      lost        lost        lost        lost        lost        lost        lost        lost
+fail mine           lost        lost        lost        already     already     lost        already     lost
+fail other          lost        lost        lost        lost        lost        lost        lost        lost
+retry mine          lost        lost        lost        lost        lost        lost        lost        lost
+retry other         lost        lost        lost        lost        lost        lost        lost        lost
+retry same          already     already     already     already     already     already     already     already
+release mine        lost        lost        lost        lost        lost        lost        lost        lost
+release other       lost        lost        lost        lost        lost        lost        lost        lost
+release same        already     already     already     already     already     already     already     already
+conclude mine       lost        lost        lost        lost        lost        lost        lost        lost
+conclude other      lost        lost        lost        lost        lost        lost        lost        lost
+attend failure      already     already     already     already     already     attended*   attended*   already
+attend quarantine   already     already     already     already     already     attended*   attended*   already
+attend other        already     already     already     already     already     already     already     already
+crash mine          alive       alive       alive       alive       alive       alive       alive       alive
+crash other         alive       alive       alive       alive       alive       alive       alive       alive
+crash clock         alive       alive       alive       alive       alive       alive       alive       alive
+crash same          already     already     already     already     already     already     already     already
+revive mine         alive       alive       alive       alive       alive       alive       alive       alive
+revive other        alive       alive       alive       alive       alive       alive       alive       alive
+revive same         already     already     already     already     already     already     already     already
+cancel -            ended       ended       ended       ended       ended       ended       ended       ended
+forget -            forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*
+requeue mine        ended       ended       ended       ended       ended       requeued*   requeued*   ended
+requeue other       ended       ended       ended       ended       ended       superseded  superseded  ended
+requeue same        already     already     already     already     already     already     already     already
+discard mine        ended       ended       ended       ended       ended       discarded*  discarded*  ended
+discard other       ended       ended       ended       ended       ended       superseded  superseded  ended
+put new             stored*     stored*     stored*     stored*     stored*     stored*     stored*     stored*
+put impostor        conflict    conflict    conflict    conflict    conflict    conflict    conflict    conflict
+read -              found       found       found       found       found       found       found       found
+follow -            found       found       found       found       found       found       found       found
+locate -            found       found       found       found       found       found       found       found
+browse line         page        page        page        page        page        page        page        page
+browse results      page        page        page        page        page        page        page        page
+sweep -             swept       swept       swept       swept       swept       swept       swept       swept
+clear all           cleared*    cleared*    cleared*    cleared     cleared     cleared     cleared     cleared
+clear temporary     cleared*    cleared     cleared*    cleared     cleared     cleared     cleared     cleared
+stats -             stats       stats       stats       stats       stats       stats       stats       stats
+overview -          overview    overview    overview    overview    overview    overview    overview    overview
+search any          page        page        page        page        page        page        page        page
+claims -            page        page        page        page        page        page        page        page
+inspect -           found       found       found       found       found       found       found       found
+survey -            survey      survey      survey      survey      survey      survey      survey      survey
+retain sticky       retained*   retained    no_result   no_result   no_result   no_result   no_result   no_result
+invalidate red      invalidated*invalidated*invalidated*invalidated invalidated invalidated invalidated invalidated
+clear route         cleared*    cleared*    cleared*    cleared     cleared     cleared     cleared     cleared
+clear old           cleared     cleared     cleared     cleared     cleared     cleared     cleared     cleared
 """, """
                     placed      full        called      parked
 submit new          joined      joined      joined      joined
@@ -181,6 +201,11 @@ retry same          already     already     already     already
 release mine        released*   released*   lost        lost
 release other       lost        lost        lost        lost
 release same        already     already     already     already
+conclude mine       concluded*  concluded*  lost        lost
+conclude other      lost        lost        lost        lost
+attend failure      already     already     already     already
+attend quarantine   already     already     already     already
+attend other        already     already     already     already
 crash mine          requeued*   requeued*   alive       alive
 crash other         alive       alive       alive       alive
 crash clock         alive       alive       alive       alive
@@ -190,6 +215,11 @@ revive other        alive       alive       alive       alive
 revive same         already     already     already     already
 cancel -            cancelled*  cancelled*  cancelled*  cancelled*
 forget -            in_flight   in_flight   in_flight   in_flight
+requeue mine        in_flight   in_flight   in_flight   in_flight
+requeue other       in_flight   in_flight   in_flight   in_flight
+requeue same        already     already     already     already
+discard mine        in_flight   in_flight   in_flight   in_flight
+discard other       in_flight   in_flight   in_flight   in_flight
 put new             stored*     stored*     stored*     stored*
 put impostor        conflict    conflict    conflict    conflict
 read -              found       found       found       found
@@ -235,8 +265,12 @@ SECOND_WORD = {
     ("release", "released"): "already",
     ("crash", "requeued"): "already",
     ("revive", "revived"): "already",
+    ("conclude", "concluded"): "already",
+    ("attend", "attended"): "already",
     ("cancel", "cancelled"): "ended",
     ("forget", "forgotten"): "unknown",
+    ("requeue", "requeued"): "already",
+    ("discard", "discarded"): "unknown",
 }
 
 
@@ -280,6 +314,11 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             return rig.retry(attempt, same if variant == "same" else ticket)
         case "release", _:
             return rig.calls.release(attempt, same if variant == "same" else ticket)
+        case "conclude", _:
+            return rig.calls.conclude(attempt)
+        case "attend", _:
+            kind = FollowUp.QUARANTINE if variant == "quarantine" else FollowUp.FAILURE
+            return rig.attend(mine, kind, since=1 if variant == "other" else None)
         case "crash", _:
             token = None if variant == "clock" else attempt.token
             return rig.crash(key, token, same if variant == "same" else ticket)
@@ -287,6 +326,11 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             lost = ticket.job_id if variant == "other" else seeded.job_id
             found = Overdue(key, REQUEST.uri, "arm", Priority.DEFAULT, job_id=lost)
             return rig.calls.revive(found, same if variant == "same" else rig.ticket(REQUEST))
+        case "requeue", _:
+            seen = ticket.job_id if variant == "other" else seeded.job_id
+            return rig.requeue(key, seen, same if variant == "same" else rig.ticket(REQUEST))
+        case "discard", _:
+            return rig.discard(key, ticket.job_id if variant == "other" else seeded.job_id)
         case "put", _:
             return rig.put(IMPOSTOR if variant == "impostor" else REQUEST, secrets.token_hex(8))
         case "read", _:
@@ -881,7 +925,7 @@ def test_a_torn_result_is_refused_and_leaves_the_attempt_as_it_was(redis_client:
         rig.ask(step)
     assert stored(rig) == before
     rig.ask(staged[1])
-    assert rig.ask(step) == "stored", "written again, it is committed"
+    assert rig.word(step) == "stored", "written again, it is committed"
 
 
 def test_a_new_result_takes_the_pieces_of_the_old_one_with_it(redis_client: redis.Redis) -> None:

@@ -38,7 +38,8 @@ class WorkerProcess:
     def __init__(
         self, url: str, directory: Path, kind: str, name: str, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> None:
-        self.name, self.log, self.notes = name, directory / f"{name}.log", directory / "notes"
+        self.kind, self.name = kind, name
+        self.log, self.notes = directory / f"{name}.log", directory / "notes"
         self.notes.mkdir(exist_ok=True)
         environment = {
             **os.environ,

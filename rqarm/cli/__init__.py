@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cancel": ("rqarm.cli.requests:cancel", "End requests for everybody who waits for them."),
     "forget": ("rqarm.cli.requests:forget", "Drop ended requests with their results."),
     "key": ("rqarm.cli.requests:key", "Print the key of a request; it needs no server."),
+    "quarantine": ("rqarm.cli.quarantine:quarantine", "Look at failed requests that were set aside, and decide."),
     "cache": ("rqarm.cli.cache:cache", "Look at cached results, keep them, and clear them."),
     "stats": ("rqarm.cli.cache:stats", "Print counters and sizes of the namespace."),
     "top": ("rqarm.cli.top:top", "Watch queues, hit rate, cache and failures."),

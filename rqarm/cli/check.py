@@ -206,7 +206,7 @@ def _queues(client: redis.Redis, stats: Stats, default: str) -> Iterator[Finding
             text = f"{queue}: none is alive, so delayed retries wait; start a worker without --no-scheduler"
             yield Finding("scheduler", _none_alive(delayed), text)
     if stats.quarantined:
-        text = f"{stats.quarantined} requests set aside: rqarm ls --state quarantined"
+        text = f"{stats.quarantined} requests set aside: rqarm quarantine list"
         yield Finding("quarantine", Verdict.WARNING, text)
 
 

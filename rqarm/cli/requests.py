@@ -253,7 +253,7 @@ def _print_status(status: BatchStatus, settings: Settings) -> None:
     if status.sticky:
         pairs.append(("sticky", "yes"))
     if status.quarantined:
-        pairs.append(("quarantined", "yes"))
+        pairs.append(("quarantined", status.reason))
     if status.error:
         pairs.append(("error", f"{status.error.get('type', '')}: {status.error.get('message', '')}"))
     print_pairs(pairs)

@@ -21,7 +21,7 @@ land(key, claim)
 redis.call('HSET', status, 'state', 'cancelled', 'ended_ms', int(now_ms))
 redis.call('PEXPIRE', status, failure_ttl_ms)
 if claim.emitted then redis.call('PEXPIRE', emitted_name(key), failure_ttl_ms) end
-redis.call('UNLINK', callbacks_name(key))
+redis.call('UNLINK', callbacks_name(key), followup_name(key))
 wake(key, 'cancelled')
 list_failure(key)
 count('executions', 'cancelled')

@@ -28,15 +28,16 @@ import redis
 import rq
 from rq.job import Job
 
-from rqarm import codec, flows
-from rqarm.calls import Attempt
+from rqarm import codec, flows, followups
+from rqarm.calls import Attempt, NextUp
 from rqarm.codec import Result
-from rqarm.context import Context, RetryLater
+from rqarm.context import Context, RetryLater, SetAside
 from rqarm.errors import ConfigError, InvalidRequest, LeaseLost, NoHandler, ResultTooLarge, RqarmError, UnpackableResult
 from rqarm.flows import Core
-from rqarm.handlers import MISS, Handlers, Match, Route
+from rqarm.handlers import MISS, FollowUpMatch, Handlers, Match, Route
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
+from rqarm.quarantine import note_for, reason_for
 from rqarm.rqjobs import key_of
 from rqarm.shell import Shell
 from rqarm.worker.emitter import Emitter
@@ -48,7 +49,15 @@ log = logging.getLogger("rqarm.worker")
 T = TypeVar("T")
 
 #: errors that the same arguments bring again: retrying them burns workers
-HOPELESS = (ConfigError, InvalidRequest, NoHandler, UnpackableResult, ResultTooLarge)
+HOPELESS = (
+    ConfigError,
+    InvalidRequest,
+    NoHandler,
+    UnpackableResult,
+    ResultTooLarge,
+    SetAside,
+    followups.FollowUpLost,
+)
 #: longest wait in seconds before a server that refused the end of an attempt is told again
 PATIENCE = 1.0
 
@@ -189,8 +198,23 @@ def _sweep_now_and_then(manager: RequestManager) -> None:
     """A plain RQ worker has no maintenance of ours: whoever has just run a job looks for the dead, if nobody has."""
     try:
         manager.shell.run(flows.sweep_if_due(manager.core))
+        attend(manager)
     except (redis.exceptions.RedisError, RqarmError) as error:
         log.warning("the sweep did not run: %s", error)
+
+
+def on_failure(core: Core, attempt: Attempt, *, is_set_aside: bool) -> tuple[NextUp, ...]:
+    """Who is to be told when the attempt fails for good."""
+    try:
+        return followups.on_failure(core, attempt, handlers(), is_set_aside=is_set_aside)
+    except ConfigError:
+        return ()  # handlers that cannot be loaded are why it fails
+
+
+def attend(manager: RequestManager) -> None:
+    """See to failures of which nobody has been told. Raises RedisError, RqarmError."""
+    if made := manager.shell.run(followups.attend(manager.core, handlers())):
+        log.info("%d follow-ups of requests whose processes had died were queued", made)
 
 
 @contextmanager
@@ -332,9 +356,12 @@ class Execution:
                 self._tell("parked", route)
                 return
             self._check()
-            value = yield from self._handle(match)
+            given: Match | None = match
+            if isinstance(match, FollowUpMatch):
+                given = yield from self._insist(followups.prepare(self.core, self.attempt, match))
+            value = None if given is None else (yield from self._handle(given))
             self._check()
-            yield from self._insist(flows.finish(self.core, self.attempt, value, sticky=route.sticky, ttl=route.ttl))
+            yield from self._insist(self._finish(match, value))
             self._tell("completed", route)
         except LeaseLost as lost:
             self._tell("given up", route, lost)
@@ -347,6 +374,12 @@ class Execution:
         finally:
             if self._emitter is not None and self._emitter.is_busy:
                 yield Flush(self._emitter)
+
+    def _finish(self, match: Match, value: Any) -> flows.Flow[Any]:
+        if isinstance(match, FollowUpMatch):
+            return followups.conclude(self.core, self.attempt)
+        route, follow_up = match.route, followups.callback(self.core, self.attempt, match)
+        return flows.finish(self.core, self.attempt, value, sticky=route.sticky, ttl=route.ttl, follow_up=follow_up)
 
     def _check(self) -> None:
         """A handler that stopped early because the attempt is lost may have returned half of its answer."""
@@ -490,18 +523,19 @@ class Execution:
     # -- the end
 
     def _end_badly(self, error: BaseException, route: Route | None) -> Steps:
-        packed = codec.pack_error(error)
         try:
             delay = self._retry_delay(error, route)
             if delay is not None:
                 kwargs = dict(error.kwargs) if isinstance(error, RetryLater) and error.kwargs else None
-                yield from self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=kwargs))
+                yield from self._insist(
+                    flows.retry(self.core, self.attempt, codec.pack_error(error), delay=delay, kwargs=kwargs)
+                )
                 self._tell(f"retried in {delay:g} s", route, error)
                 return
-            yield from self._fail(packed, route)
+            yield from self._fail(error)
         except UnpackableResult as unpackable:
             # the arguments of a retry: they can never be stored, so this is the end
-            yield from self._fail(codec.pack_error(unpackable), route)
+            yield from self._fail(unpackable)
             error = unpackable
         except LeaseLost as lost:
             self._tell("given up", route, lost)
@@ -520,12 +554,8 @@ class Execution:
             return None
         return rule.delay(self.attempt.retries + 1, random.random)
 
-    def _fail(self, packed: bytes, route: Route | None) -> Steps:
-        failure_ttl = route.failure_ttl if route is not None else None
-        negative_ttl = route.negative_ttl if route is not None else None
-        yield from self._insist(
-            flows.fail(self.core, self.attempt, packed, failure_ttl=failure_ttl, negative_ttl=negative_ttl)
-        )
+    def _fail(self, error: BaseException) -> Steps:
+        yield from self._insist(fail_for_good(self.core, self.attempt, error, self._match))
 
     def _insist(self, flow: flows.Flow[T]) -> Generator[Any, Any, T]:
         """Run a flow around the handler, however often the server refuses, as long as the attempt may be ours.
@@ -555,6 +585,22 @@ class Execution:
             outcome, error = f"{outcome} ({error.state})", None
         is_found = self._context is not None and self._context.is_found
         tell(self.core, self.attempt, self.worker, route, outcome, self.spent(), error, is_found=is_found)
+
+
+def fail_for_good(core: Core, attempt: Attempt, error: BaseException, match: Match | None) -> flows.Flow[None]:
+    """End the request with this error as its route wants it: set aside, or with a record for a while."""
+    route = match.route if match is not None else None
+    reason = reason_for(error, route)
+    yield from flows.fail(
+        core,
+        attempt,
+        codec.pack_error(error),
+        failure_ttl=route.failure_ttl if route is not None else None,
+        negative_ttl=route.negative_for(error) if route is not None else None,
+        reason=reason,
+        note=note_for(match, attempt.kwargs, error) if reason else b"",
+        follow_ups=on_failure(core, attempt, is_set_aside=bool(reason)),
+    )
 
 
 def tell(

@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("rqarm.worker")
 
 #: the transitions with which an attempt ends: the next one is taken in the same round trip
-ENDINGS = frozenset({"complete", "fail", "retry", "release"})
+ENDINGS = frozenset({"complete", "conclude", "fail", "retry", "release"})
 #: outcomes of which the transition does not delete RQ's job of the old ticket
-LEAVING_A_JOB = ("given up", "parked")
+LEAVING_A_JOB = ("given up",)
 #: seconds below which the requests of a route are quick, on average, and the weight of the newest in that average
 QUICK, NEWEST = 0.005, 0.2
 #: all routes together; no route has this name

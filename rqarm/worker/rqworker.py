@@ -141,6 +141,7 @@ class Worker(rq.Worker):
             manager = execution.manager_for(self.settings.namespace, self.connection)
             if healed := manager.shell.run(flows.sweep(manager.core)):
                 log.warning("set %d requests going again that had died", healed)
+            execution.attend(manager)
             self._restart_scheduler()
         except (RedisError, RqarmError) as error:
             log.warning("the sweep did not run: %s", error)

@@ -21,9 +21,10 @@ from rq.worker import WorkerStatus
 from rqarm import codec, flows
 from rqarm.calls import Attempt, Batch, Taken, UnreadableRequest, ms
 from rqarm.errors import LeaseLost, RequestUnknown, RqarmError
-from rqarm.handlers import Route
+from rqarm.handlers import Match
 from rqarm.manager import RequestManager
 from rqarm.model import State
+from rqarm.quarantine import note_for
 from rqarm.shell import sibling
 from rqarm.worker import execution
 from rqarm.worker.board import Board, Turn
@@ -506,7 +507,7 @@ class Stable:
             if run.death == "time limit":
                 message = f"the handler did not stop at its limit of {run.turn.limit:g} s and was killed"
                 outcome, error = "failed", TimeLimit(message)
-                shell.run(flows.fail(core, attempt, codec.pack_error(TimeLimit, message, "")))
+                shell.run(execution.fail_for_good(core, attempt, error, self._match(attempt)))
             elif run.death == "stopped":
                 outcome = "cancelled"
                 shell.run(flows.cancel(core, attempt.key))
@@ -515,9 +516,12 @@ class Stable:
                 shell.run(flows.release(core, attempt))
             elif run.death in ("crash", "lease"):
                 error = WorkHorseDied(obituary)
-                outcome = shell.run(flows.crash(core, attempt, codec.pack_error("WorkHorseDied", obituary, "")))
+                note = note_for(self._match(attempt), attempt.kwargs)
+                outcome = shell.run(flows.crash(core, attempt, codec.pack_error("WorkHorseDied", obituary, ""), note))
                 if outcome not in ("requeued", "quarantined"):
                     raise LeaseLost(attempt.key, outcome)
+                if outcome == "quarantined":
+                    execution.attend(self.manager)
             else:
                 outcome = f"given up ({run.death})"
                 shell.run(flows.drop_job(core, attempt))
@@ -527,12 +531,13 @@ class Stable:
             shell.run(flows.drop_job(core, attempt))
             return
         ran = time.monotonic() - run.turn.began if run.turn.began > 0 else 0.0
-        execution.tell(core, attempt, self.worker.name, self._route(attempt), outcome, ran, error)
+        match = self._match(attempt)
+        execution.tell(core, attempt, self.worker.name, match.route if match else None, outcome, ran, error)
 
     @staticmethod
-    def _route(attempt: Attempt) -> Route | None:
+    def _match(attempt: Attempt) -> Match | None:
         try:
-            return execution.handlers().match(attempt.request).route
+            return execution.handlers().match(attempt.request)
         except RqarmError:
             return None
 
