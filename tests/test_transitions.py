@@ -169,7 +169,7 @@ claims -            page        page        page        page        page        
 inspect -           found       found       found       found       found       found       found       found
 survey -            survey      survey      survey      survey      survey      survey      survey      survey
 retain sticky       retained*   retained    no_result   no_result   no_result   no_result   no_result   no_result
-invalidate red      invalidated*invalidated*invalidated*invalidated invalidated invalidated invalidated invalidated
+invalidate red      invalidated* invalidated* invalidated* invalidated invalidated invalidated invalidated invalidated
 clear route         cleared*    cleared*    cleared*    cleared     cleared     cleared     cleared     cleared
 clear old           cleared     cleared     cleared     cleared     cleared     cleared     cleared     cleared
 """, """
