@@ -826,7 +826,7 @@ class Handlers:
         self, /, *, retry: Retry | None = ..., timeout: float | None = ...
     ) -> Callable[[AnyFunction], AnyFunction]: ...
     def quarantine(self, function: Any = None, /, **options: Any) -> Any:
-        """Let the decorated function be called once for each request that is set aside, with its entry.
+        """Let the decorated function be called once for each request that is set aside, with its QuarantineEntry.
 
         As ``Handler.callback``. Raises ConfigError when there is one already.
         """

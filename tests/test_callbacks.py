@@ -607,3 +607,65 @@ def test_the_consumer_gets_the_entry_of_what_has_killed_its_workers(bench: Bench
     (entry,) = bench.told
     assert (entry.key, entry.exception, entry.reason) == (seeded.key, "Boom", "poison")
     assert entry.payloads == ["p"]
+
+
+def test_what_its_last_attempt_sets_aside_is_told_in_the_same_step_and_keeps_its_payloads(bench: Bench) -> None:
+    handler = bench.handlers.route("/x")(lambda request, context: {}["missing"])
+    handler.on_failure(lambda error, payloads: bench.told.append((error["type"], payloads)))
+    bench.handlers.quarantine(lambda entry: bench.told.append((entry.reason, entry.route, entry.payloads)))
+    key = bench.rm.submit("/x", payload="p").key
+    bench.work()
+    assert bench.told == [("KeyError", ["p"]), ("exhausted", "/x", ["p"])]
+    handler.callback(lambda result, payloads: bench.told.append((result, payloads)))
+    handler.function = lambda request, context: "mended"
+    assert bench.rm.quarantine.requeue(key) == {key: "requeued"}
+    bench.work()
+    assert bench.told[2:] == [("mended", ["p"])]
+
+
+def test_a_callback_that_fails_for_good_is_set_aside_told_of_and_can_be_requeued(bench: Bench) -> None:
+    handler = bench.handlers.route("/x")(lambda request, context: "value")
+    failing = [True]
+
+    @handler.callback(retry=None)
+    def ready(result: Any, payloads: Any) -> None:
+        if failing[0]:
+            raise ConnectionError("no mail server")
+        bench.told.append((result, payloads))
+
+    bench.handlers.quarantine(lambda entry: bench.told.append((entry.operation, entry.message)))
+    bench.rm.submit("/x", payload="p")
+    bench.work()
+    assert bench.told == [("rqarm:callback", "no mail server")]
+    failing[0] = False
+    (entry,) = bench.rm.quarantine.list()
+    bench.rm.cache.clear()
+    bench.rm.quarantine.requeue(entry.key)
+    bench.work()
+    assert bench.told[1:] == [("value", ["p"])]
+
+
+def test_a_consumer_that_fails_is_not_told_of_itself(bench: Bench) -> None:
+    bench.handlers.route("/x")(lambda request, context: {}["missing"])
+
+    @bench.handlers.quarantine(retry=None)
+    def consumer(entry: Any) -> None:
+        bench.told.append(entry.operation)
+        raise RuntimeError("cannot look at it")
+
+    bench.rm.submit("/x")
+    bench.work()
+    assert bench.told == [""]
+    assert sorted(entry.operation for entry in bench.rm.quarantine.list()) == ["", "rqarm:quarantine"]
+
+
+def test_the_consumer_is_not_called_for_what_was_decided_before(bench: Bench) -> None:
+    bench.handlers.route("/x")(lambda request, context: {}["missing"])
+    bench.handlers.quarantine(bench.told.append)
+    rig = Rig(bench.rm.connection)
+    seeded = rig.seed("quarantined", "/x")
+    assert rig.word(rig.attend(seeded.attempt, FollowUp.QUARANTINE)) == "attended"
+    assert bench.rm.quarantine.discard(seeded.key) == {seeded.key: "discarded"}
+    bench.work()
+    assert bench.told == []
+    assert [event.verb for event in bench.rm.events("0", timeout=0)][-1] == "conclude"
