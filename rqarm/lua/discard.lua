@@ -24,6 +24,6 @@ redis.call('UNLINK', status, callbacks_name(key))
 redis.call('ZREM', quarantine_name(), key)
 dismiss(dismissal)
 wake(key, 'unknown')
-count('quarantine', 'discarded')
+count('decisions', 'discarded')
 event('discard', key, 'unknown')
 return {'discarded'}
