@@ -723,7 +723,7 @@ def test_who_hears_nothing_is_killed_with_its_process_and_fails_alone(team: Crew
     horse, beside = neighbours(team)
     key = team.rm.submit(f"/{kind}/x").key
     (status,) = team.settle(key)
-    assert (status.state, status.attempts, status.quarantined) == (State.FAILED, 1, False)
+    assert (status.state, status.attempts, status.reason) == (State.FAILED, 1, "exhausted")
     assert status.error is not None
     assert "TimeLimit" in status.error["type"]
     eventually(lambda: not is_alive(horse))

@@ -42,11 +42,6 @@ from rqarm.worker import execution, use_handlers
 URI = "/slow"
 
 
-@pytest.fixture(params=managers.KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def rm(kind: str, url: str, redis_client: redis.Redis) -> Iterator[Any]:
     with managers.opened(kind, url) as manager:

@@ -165,14 +165,14 @@ def test_a_horse_killed_by_rqs_command_is_a_crash(team: Crew) -> None:
 def test_sys_exit_is_an_error_not_a_crash(team: Crew) -> None:
     with pytest.raises(RequestFailed, match="SystemExit: 3"):
         team.rm.get("/sys_exit/3", timeout=20)
-    assert team.rm.status(BatchRequest("/sys_exit/3").key).quarantined is False
+    assert team.rm.status(BatchRequest("/sys_exit/3").key).reason == "exhausted"
 
 
 def test_a_handler_that_hears_nothing_is_killed_at_its_limit(team: Crew) -> None:
     key = team.rm.submit("/deaf/one").key
     horse = team.running("one")
     (status,) = team.settle(key)
-    assert (status.state, status.attempts, status.quarantined) == (State.FAILED, 1, False)
+    assert (status.state, status.attempts, status.reason) == (State.FAILED, 1, "exhausted")
     assert status.error is not None
     assert status.error["type"].endswith("TimeLimit")
     assert "limit of 1 s" in status.error["message"]

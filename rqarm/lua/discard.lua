@@ -24,6 +24,6 @@ redis.call('UNLINK', status, callbacks_name(key), followup_name(key))
 readmit(key)
 dismiss(dismissal)
 wake(key, 'unknown')
-count('quarantine', 'discarded')
+count('decisions', 'discarded')
 event('discard', key, 'unknown')
 return {'discarded'}

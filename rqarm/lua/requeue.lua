@@ -35,6 +35,6 @@ redis.call('HDEL', status, 'ended_ms', 'due_ms')
 revoke_failure(key, claim)
 requeue(key, claim, job_id, commands, data)
 dismiss(dismissal)
-count('quarantine', 'requeued')
+count('decisions', 'requeued')
 event('requeue', key, 'pending')
 return {'requeued'}
