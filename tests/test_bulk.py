@@ -545,11 +545,11 @@ def test_an_invalid_request_is_named_and_nothing_is_sent(rm: Any) -> None:
     assert rm.raw.dbsize() == 0
 
 
-def test_many_thousands_keep_their_order(rm: Any) -> None:
-    uris = [f"/{n % 2100}" for n in range(2500)]
+def test_more_than_a_round_trip_keeps_its_order(rm: Any) -> None:
+    uris = [f"/{n % 1010}" for n in range(1200)]
     statuses = rm.submit_many(uris)
     assert [status.uri for status in statuses] == uris
-    assert len(queued(rm.raw)) == 2100
+    assert len(queued(rm.raw)) == 1010
 
 
 @pytest.fixture(scope="module")
