@@ -170,7 +170,7 @@ class _Audit:
         """The indexes that only views and invalidations read hold all that they must; they may hold more."""
         failures = self._zset("failures")
         for key, record in self._in_state("failed", "cancelled").items():
-            listed = key in failures or record.get("quarantined") == "1"
+            listed = key in failures or "quarantined" in record
             self._check(listed, f"{key} is {record['state']} and not among the failures")
         for key, record in self.records.items():
             tags = record.get("tags", "")
