@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
     "tests/test_transitions.py", "tests/test_limits.py", "tests/test_model.py", "tests/test_execution.py",
-    "tests/test_waiting.py",
+    "tests/test_waiting.py", "tests/test_browse.py",
 ]  # fmt: skip
 HELD = "if claim.state ~= 'in_progress' or claim.token ~= token then"
 NOT_FENCED = "if claim.state ~= 'in_progress' then"
@@ -228,6 +228,72 @@ MUTANTS = [
         for verb in ("retry", "release")
     ),
     Mutant("complete-leaves-its-job", "lua/complete.lua", "unpack(job ~= '' and {job} or {})", "unpack({})"),
+    Mutant(
+        "search-finds-what-has-moved-on",
+        "lua/search.lua",
+        "if kind and not belongs(kind",
+        "if false and not belongs(kind",
+    ),
+    Mutant("search-looks-without-bound", "lua/search.lua", "found >= limit or looked_at >= most", "found >= limit"),
+    Mutant(
+        "search-trusts-the-rank",
+        "lua/prelude.lua",
+        "if redis.call('ZSCORE', index, member) == score then",
+        "if true then",
+    ),
+    Mutant(
+        "search-skips-when-its-last-is-gone",
+        "lua/prelude.lua",
+        "return redis.call('ZCOUNT', index, '(' .. score, '+inf') end",
+        "return redis.call('ZCARD', index) end",
+    ),
+    Mutant(
+        "search-tells-secrets",
+        "browse.py",
+        "shown = redact(entry.uri, core.settings.secret_params).lower()",
+        "shown = entry.uri.lower()",
+    ),
+    Mutant(
+        "a-route-is-any-beginning",
+        "lua/prelude.lua",
+        "return stop and (stop == #uri + 1 or string.find(uri, '^[/?#:]', stop) ~= nil) or false",
+        "return stop ~= nil",
+    ),
+    Mutant(
+        "retain-leaves-the-pieces",
+        "lua/retain.lua",
+        "set_deadline(key, ttl_ms > 0 and now_ms + ttl_ms or nil)",
+        "expire_together(key, '', 0, ttl_ms > 0 and now_ms + ttl_ms or nil)",
+    ),
+    Mutant("retain-where-nothing-is", "lua/retain.lua", " or redis.call('EXISTS', result_name(key)) == 0", ""),
+    Mutant("invalidate-by-old-tags", "lua/invalidate.lua", "if not has_tag(fields.tags, tag) then", "if false then"),
+    Mutant(
+        "invalidate-drops-what-runs",
+        "lua/invalidate.lua",
+        "elseif fields.state == 'completed' then",
+        "elseif true then",
+    ),
+    Mutant("tags-grow-for-ever", "lua/prelude.lua", "redis.call('ZRANGE', tagged_name(), 0, 1)", "{}"),
+    Mutant("put-keeps-old-tags", "lua/put.lua", "if claim.state then redis.call('HDEL', status, 'tags') end\n", ""),
+    Mutant(
+        "clear-without-its-route",
+        "lua/clear.lua",
+        "return route == '' or is_on_route(uri_of(fields), route, pattern)",
+        "return true",
+    ),
+    Mutant(
+        "clear-temporary-takes-sticky-ones",
+        "lua/clear.lua",
+        "redis.call('ZCOUNT', results, '-inf', to) - rank",
+        "redis.call('ZCARD', results) - rank",
+    ),
+    Mutant(
+        "failures-without-bound",
+        "lua/prelude.lua",
+        "  redis.pcall('ZREMRANGEBYRANK', failures_name(), 0, -FAILURES_KEPT - 1)\n",
+        "",
+    ),
+    Mutant("inspect-looks-at-the-end-only", "lua/inspect.lua", "if time ~= '' then note", "if false then note"),
     Mutant("waiter-reads-before-it-listens", "flows.py", "    else:\n        yield Watch(tuple(waiting))\n", ""),
     Mutant(
         "waiter-trusts-the-wake-up",

@@ -73,6 +73,18 @@ def test_a_search_finds_each_state_once(rm: Any, one_of_each: dict[str, str], st
     assert page.looked_at == page.total
 
 
+def test_what_has_moved_on_is_found_where_it_is_now_and_once(rm: Any, rig: Rig) -> None:
+    keys = {name: rig.seed(name, f"/{name}").key for name in ("cancelled", "failed")}
+    for name in keys:
+        rm.resubmit(f"/{name}")
+    assert sorted(keys_of(rm.search())) == sorted(keys.values())
+    assert rm.search(state="failed").entries == rm.search(state="cancelled").entries == ()
+    rm.cache.put("/failed", 1)
+    assert keys_of(rm.search(state="completed")) == [keys["failed"]]
+    rm.cancel(keys["cancelled"])
+    assert sorted(keys_of(rm.search())) == sorted(keys.values())
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3, 500])
 def test_pages_of_any_size_give_everything_once(rm: Any, one_of_each: dict[str, str], limit: int) -> None:
     pages = walked(rm, limit=limit)
