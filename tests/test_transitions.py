@@ -1701,7 +1701,7 @@ def test_a_hit_that_lengthens_the_result_lengthens_what_was_emitted(rig: Rig) ->
     attempt = rig.begin(REQUEST)
     emit(rig, attempt, 1)
     rig.reply(rig.complete(attempt))
-    assert rig.word(rig.submit(replace(REQUEST, sticky=True))) == "hit"
+    assert rig.word(rig.submit(BatchRequest("/slow?x=1", key="slow", sticky=True))) == "hit"
     assert rig.client.pexpiretime(rig.named("emitted", key=attempt.key)) == -1
     audit(rig.client, rig.keys)
 
