@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -21,18 +22,28 @@ from workers import TESTS, Crew, crew
 
 from rqarm import (
     BatchRequest,
+    BatchStatus,
     FollowEvent,
     FollowKind,
     RequestCancelled,
     RequestFailed,
     RequestLost,
     RequestUnknown,
+    State,
     UnpackableResult,
     WaitTimeout,
+    codec,
     embedded,
+    following,
 )
+from rqarm.calls import NO_REQUEST, Attempt, Followed, Found
 from rqarm.cli import main
+from rqarm.config import Settings
 from rqarm.errors import EmissionTooLarge, LeaseLost
+from rqarm.flows import RECHECK, Core, Listen, Watch
+from rqarm.model import Key, Priority, Token
+from rqarm.rqjobs import RqJobs
+from rqarm.worker.emitter import Emitter
 
 FOLLOW_APP = TESTS / "follow_app.py"
 
@@ -387,3 +398,102 @@ def test_what_a_handler_cannot_emit_is_an_error_in_the_handler(team: Crew) -> No
     assert "UnpackableResult: cannot pack the value at $" in team.rm.get("/refused/unpackable", timeout=PATIENCE)
     assert "EmissionTooLarge" in (answer := team.rm.get("/refused/large", timeout=PATIENCE))
     assert "the limit for one is 1048576" in answer
+
+
+# -- driven by hand
+
+
+def looked(state: State, token: str = "7", first: int = 1, *values: Any) -> Followed:
+    packed = tuple(codec.pack(value) for value in values)
+    return Followed(Found(BatchStatus(Key("k"), state, attempts=1), None), token, first, packed)
+
+
+def test_a_lost_wake_up_costs_a_look_every_few_seconds() -> None:
+    settings = Settings()
+    flow = following.follow(Core(settings, RqJobs(settings)), "k", None)
+    assert next(flow) == Watch((Key("k"), Key("k:told")))
+    assert flow.send(None).argv[2:] == ("", 0)
+    assert flow.send(looked(State.IN_PROGRESS, "7", 1, "a")).item.value == "a"
+    assert next(flow) == Listen(RECHECK)
+    # nobody woke it: it looks after the dead, and reads again behind what it knows
+    assert flow.send(set()).argv[0] == "SET"
+    assert flow.send(False).argv[2:] == ("7", 1)
+    assert flow.send(looked(State.IN_PROGRESS, "7", 2, "b")).item.value == "b"
+    assert next(flow) == Listen(RECHECK)
+    assert flow.send({Key("k:told")}).argv[2:] == ("7", 2)
+
+
+# -- the emitter
+
+
+class Sent:
+    """What an emitter sends, and how the server takes it."""
+
+    def __init__(self, *answers: BaseException | None) -> None:
+        self.numbers: list[int] = []
+        self._answers = list(answers)
+        self.lost = False
+
+    def __call__(self, call: Any) -> str:
+        self.numbers.append(call.argv[3])
+        answer = self._answers.pop(0) if self._answers else None
+        if answer is not None:
+            raise answer
+        return "emitted"
+
+    def lose(self) -> None:
+        self.lost = True
+
+    def emitter(self, ask_beside: Any = None) -> Emitter:
+        settings = Settings()
+        attempt = Attempt(Key("k"), Token(7), 1, NO_REQUEST, {}, 0, 0, "arm", Priority.DEFAULT)
+        return Emitter(Core(settings, RqJobs(settings)), attempt, self.lose, self, ask_beside)
+
+
+def test_what_the_server_refuses_is_logged_and_the_handler_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    sent = Sent(None, redis.exceptions.OutOfMemoryError("OOM"))
+    emitter = sent.emitter()
+    for n in range(3):
+        emitter.emit(n)
+    assert sent.numbers == [1, 2, 3]
+    assert "k: what it emitted was refused and is dropped: OOM" in caplog.text
+
+
+def test_an_attempt_that_is_lost_learns_it_from_its_emission() -> None:
+    sent = Sent(LeaseLost("k", "cancelled"))
+    with pytest.raises(LeaseLost):
+        sent.emitter().emit(1)
+    assert sent.lost
+
+
+async def test_on_a_loop_it_returns_at_once_and_flush_waits_for_all(caplog: pytest.LogCaptureFixture) -> None:
+    gate = asyncio.Event()
+    sent = Sent(None, redis.exceptions.ConnectionError("gone"), LeaseLost("k", "cancelled"))
+
+    async def ask(call: Any) -> str:
+        await gate.wait()
+        return sent(call)
+
+    emitter = sent.emitter(ask)
+    for n in range(4):
+        emitter.emit(n)
+    await asyncio.sleep(0)
+    assert (sent.numbers, emitter.is_busy) == ([], True)
+    gate.set()
+    await emitter.flush()
+    assert (sent.numbers, emitter.is_busy, sent.lost) == ([1, 2, 3, 4], False, True)
+    assert "dropped: gone" in caplog.text
+
+
+async def test_a_handler_that_never_lets_the_loop_turn_keeps_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rqarm.worker.emitter.EMISSIONS_KEPT", 3)
+    sent = Sent()
+
+    async def ask(call: Any) -> str:
+        return sent(call)
+
+    emitter = sent.emitter(ask)
+    for n in range(10):
+        emitter.emit(n)
+    await emitter.flush()
+    assert sent.numbers == [8, 9, 10]
