@@ -55,15 +55,6 @@ _EXPECTED = {
 }
 
 
-def call_of(job: Job) -> tuple[str, Key]:
-    """The namespace and the key that a job of ours is for. Raises ValueError when it is not one of ours.
-
-    Jobs of an earlier form carry the key as a second argument.
-    """
-    namespace, *given = job.args
-    return namespace, Key(given[0]) if given else key_of(job.id)
-
-
 def key_of(job_id: str) -> Key:
     """The key of the request that a job id of ours was made for."""
     return Key(job_id[:-ID_TAIL])

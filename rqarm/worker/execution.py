@@ -20,6 +20,7 @@ import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, TypeVar
 
 import redis
@@ -39,6 +40,7 @@ from rqarm.rqjobs import key_of
 from rqarm.shell import Shell
 from rqarm.worker.limits import ALARM_DELAY, Alarm, Interruptible, await_in_time, in_time, time_limit
 from rqarm.worker.loading import load_handlers
+from rqarm.worker.patience import pause_after
 
 log = logging.getLogger("rqarm.worker")
 T = TypeVar("T")
@@ -144,7 +146,7 @@ def perform(namespace: str, key: str = "") -> None:
     execution = Execution(manager.core, attempt, worker, Hold())
     try:
         with _renewing(manager, execution):
-            drive(execution.flow(), manager.shell, execution)
+            Drive(execution, manager.shell).run(manager.shell.execute)
     finally:
         _sweep_now_and_then(manager)
 
@@ -224,16 +226,11 @@ class Pause:
 Steps = Generator[flows.Step | Handle | Pause, Any, None]
 
 
-def drive(steps: Steps, shell: Shell, execution: Execution) -> None:
-    """Run an execution to its end in this thread."""
-    Drive(steps, shell, execution).run(shell.execute)
-
-
 class Drive:
     """An execution on its way, in this thread. It can rest at a step and go on later."""
 
-    def __init__(self, steps: Steps, shell: Shell, execution: Execution) -> None:
-        self._steps, self._shell, self._execution = steps, shell, execution
+    def __init__(self, execution: Execution, shell: Shell) -> None:
+        self._steps, self._shell, self._execution = execution.flow(), shell, execution
         self._answer: Any = None
         self._failure: BaseException | None = None
 
@@ -448,16 +445,14 @@ class Execution:
 
     def _until_heard(self, step: flows.Step) -> Generator[Any, Any, Any]:
         deadline = time.monotonic() + self.core.settings.lease
-        refusals = 0
-        while True:
+        for refusals in count(1):
             try:
                 return (yield step)
             except redis.exceptions.RedisError as error:
                 if self.hold.is_lost() or time.monotonic() > deadline:
                     self.hold.lose()
                     raise LeaseLost(self.attempt.key, "out of reach") from error
-                refusals += 1
-                pause = min(PATIENCE, 0.05 * 2**refusals) * random.uniform(0.5, 1.0)
+                pause = pause_after(refusals, first=0.1, longest=PATIENCE)
                 log.warning("%s: the server refused, telling it again in %.1f s: %s", self.attempt.key, pause, error)
             yield Pause(pause)
 

@@ -31,14 +31,13 @@ from rqarm.config import Settings
 from rqarm.errors import RqarmError
 from rqarm.worker import execution
 from rqarm.worker.horse import Order
+from rqarm.worker.patience import pause_after
 from rqarm.worker.processes import kill_group, leash_forks
 from rqarm.worker.stable import Stable
 
 log = logging.getLogger("rqarm.worker")
 T = TypeVar("T")
 
-#: longest wait in seconds before a server that refused is asked again
-PATIENCE = 5.0
 #: seconds until the listener for RQ's commands tries again
 DEAF = 1.0
 #: what the id of a ticket of ours looks like; one of others that looks like it is recognised later
@@ -129,7 +128,7 @@ class Worker(rq.Worker):
                 return ask()
             except RedisError as error:
                 refusals += 1
-                pause = min(PATIENCE, 0.1 * 2**refusals) * random.uniform(0.5, 1.0)
+                pause = pause_after(refusals)
                 log.warning("the server refused, asking again in %.1f s: %s", pause, error)
                 time.sleep(pause)
 

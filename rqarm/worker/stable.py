@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import random
 import signal
 import sys
 import time
@@ -31,6 +30,7 @@ from rqarm.worker.board import Board, Turn
 from rqarm.worker.execution import WorkHorseDied
 from rqarm.worker.horse import PLACES, Order, execution_id, gallop, taker
 from rqarm.worker.limits import TimeLimit
+from rqarm.worker.patience import pause_after
 from rqarm.worker.processes import kill_group
 from rqarm.worker.shown import Shown
 
@@ -47,8 +47,6 @@ HARD_GRACE = 5.0
 CANCEL_GRACE = 1.0
 #: seconds that a horse without work has to tear down its resources
 RETIREMENT = 10.0
-#: longest wait in seconds between two horses that die before they have done anything
-PATIENCE = 5.0
 #: states in which an attempt's own end leaves its request
 ENDED = (State.COMPLETED, State.FAILED, State.PENDING)
 
@@ -189,7 +187,7 @@ class Stable:
                     return "stopped"
                 stillborn = stillborn + 1 if reason == "dead" and self.ended == before else 0
                 if stillborn > 1:
-                    time.sleep(min(PATIENCE, 0.1 * 2**stillborn) * random.uniform(0.5, 1.0))
+                    time.sleep(pause_after(stillborn))
         except SystemExit:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)  # somebody impatient must not interrupt what comes now
@@ -458,12 +456,9 @@ class Stable:
     def _last_runs(self, horse: _Animal) -> list[_Run]:
         runs = []
         for turn in horse.board.turns():
-            run = self._runs.get((turn.lane, turn.number))
-            if run is not None:
-                del self._runs[turn.lane, turn.number]
-            if run is not None:
-                run.turn = turn
-            runs.append(run or _Run(turn, turn.began))
+            run = self._runs.pop((turn.lane, turn.number), None) or _Run(turn, turn.began)
+            run.turn = turn  # as the board has it now
+            runs.append(run)
         for run in self._runs.values():
             if run.shown is not None:
                 run.shown.hide(self.worker)
