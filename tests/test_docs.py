@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import redis
+import yaml
 
 import rqarm
 from rqarm.cli import common
@@ -274,13 +275,12 @@ def test_pages_that_show_the_manager_or_handlers_have_blocks_that_run() -> None:
 
 
 def compose() -> Any:
-    yaml = pytest.importorskip("yaml", reason="no PyYAML here: the form of docker-compose.yml is not checked")
     return yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
 
 
 def test_docker_compose_has_the_services() -> None:
     services = compose()["services"]
-    assert set(services) == {"valkey", "worker"}
+    assert set(services) == {"valkey", "worker", "dashboard", "prometheus", "grafana"}
     assert services["worker"]["environment"]["RQARM_URL"].startswith("redis://valkey:")
 
 

@@ -31,7 +31,7 @@ from rqarm.model import Outcome
 #: part of maxmemory from which on it is worth a word
 NEARLY_FULL = 0.9
 #: statistics that the scripts keep under a name of their own, beside one for each family of requests
-STATISTICS = ("submissions", "executions", "sweeps", "cache", "runtime")
+STATISTICS = ("submissions", "executions", "sweeps", "cache", "runtime", "refusals", "removals")
 
 
 class Verdict(StrEnum):

@@ -29,6 +29,7 @@ from rq.worker import DequeueStrategy, WorkerStatus
 from rqarm import flows
 from rqarm.config import Settings
 from rqarm.errors import RqarmError
+from rqarm.version import __version__
 from rqarm.worker import execution
 from rqarm.worker.horse import Order
 from rqarm.worker.patience import pause_after
@@ -82,6 +83,11 @@ class Worker(rq.Worker):
         execution.handlers()
         leash_forks()
         super().bootstrap(*args, **kwargs)
+
+    def register_birth(self) -> None:
+        """As in RQ, and which rqarm it is: the overview tells an upgrade that is not finished."""
+        super().register_birth()  # type: ignore[no-untyped-call]
+        self.connection.hset(self.key, "rqarm_version", __version__)
 
     def subscribe(self) -> None:
         """RQ's listening thread must not take the signals that the main thread waits for.
