@@ -11,7 +11,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-WIDTH, HEIGHT = 720, 170
+#: of the wide chart and of the histograms, in about the pixels that they get on a desktop: so their text is readable
+WIDE, NARROW, HEIGHT = 960, 400, 170
 LEFT, RIGHT, TOP, BOTTOM = 44, 4, 8, 20
 
 
@@ -20,9 +21,9 @@ def stacked(
 ) -> Markup:
     """Bars, one for each of ``minutes``, stacked by ``series`` from the bottom. ``labels`` stand below the bars."""
     highest = _round_up(max((sum(each.get(name, 0) for name in series) for each in minutes), default=0))
-    inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    inner_width, inner_height = WIDE - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     step = inner_width / max(len(minutes), 1)
-    parts = [_axis(highest, inner_height)]
+    parts = [_axis(highest, inner_height, WIDE)]
     for place, each in enumerate(minutes):
         below = 0
         for name in series:
@@ -41,15 +42,15 @@ def stacked(
         if label:
             x = LEFT + (place + 0.5) * step
             parts.append(Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, HEIGHT - 5, label))
-    return _svg(parts, title, summary)
+    return _svg(parts, title, summary, WIDE)
 
 
 def bars(counts: Sequence[tuple[str, int]], *, title: str, summary: str) -> Markup:
     """A histogram: one bar for each (label, count)."""
     highest = _round_up(max((count for _, count in counts), default=0))
-    inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    inner_width, inner_height = NARROW - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     step = inner_width / max(len(counts), 1)
-    parts = [_axis(highest, inner_height)]
+    parts = [_axis(highest, inner_height, NARROW)]
     for place, (label, count) in enumerate(counts):
         x, height = LEFT + place * step, inner_height * count / highest
         parts.append(
@@ -60,24 +61,24 @@ def bars(counts: Sequence[tuple[str, int]], *, title: str, summary: str) -> Mark
         parts.append(
             Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x + step / 2, HEIGHT - 5, label)
         )
-    return _svg(parts, title, summary)
+    return _svg(parts, title, summary, NARROW)
 
 
-def _axis(highest: int, inner_height: int) -> Markup:
+def _axis(highest: int, inner_height: int, width: int) -> Markup:
     lines = Markup("")
     for part in (0, 0.5, 1):
         y, value = TOP + inner_height * (1 - part), highest * part
         lines += Markup('<line class="axis" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
-            LEFT, WIDTH - RIGHT, y, y
+            LEFT, width - RIGHT, y, y
         )
         if value == int(value):
             lines += Markup('<text x="{}" y="{:.1f}" text-anchor="end">{:,}</text>').format(LEFT - 6, y + 4, int(value))
     return lines
 
 
-def _svg(parts: Sequence[Markup], title: str, summary: str) -> Markup:
-    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"><title>{}</title>').format(
-        WIDTH, HEIGHT, summary, title
+def _svg(parts: Sequence[Markup], title: str, summary: str, width: int) -> Markup:
+    head = Markup('<svg class="chart w{}" viewBox="0 0 {} {}" role="img" aria-label="{}"><title>{}</title>').format(
+        width, width, HEIGHT, summary, title
     )
     return head + Markup("").join(parts) + Markup("</svg>")
 

@@ -1,7 +1,8 @@
 """Live pages: one thread looks at the server, however many browsers watch, and only while one does.
 
 A look is two round trips: the overview, and the events since the last look. Each browser's stream takes what concerns
-its page: the overview page itself, or the word that something has changed, upon which the browser asks for its page again.
+its page: the overview page itself, or the word that something has changed, upon which the browser asks for its page
+again.
 """
 
 from __future__ import annotations
