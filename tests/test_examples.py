@@ -424,6 +424,8 @@ def test_what_is_no_file_is_answered_in_words(site: RequestManager) -> None:
     assert lease is not None
     lease.fail("no")
     assert fetched(f"{root}/{lease.key}")[0] == 502
+
+
 # --- one program for each power
 
 
