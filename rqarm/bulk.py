@@ -7,11 +7,13 @@ refuses, is an answer like any other, so it hides nobody else's. Positions count
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
-from rqarm import codec, flows
+from rqarm import codec, flows, tracing
 from rqarm.calls import Attempt, Batch, Call, Found, Stored, Ticket, ms
 from rqarm.errors import BulkError, CorruptResult, InvalidRequest, RqarmError
 from rqarm.flows import PIECES, Core, Emit, Flow
@@ -220,16 +222,50 @@ def send(core: Core, groups: Sequence[Group]) -> Flow[None]:
 
 
 def _send(core: Core, groups: Sequence[Group], *, again: bool) -> Flow[None]:
+    span = _span(core, groups) if tracing.is_on() else None
+    if span is not None:
+        yield from _send_traced(core, groups, again, span)
+        return
     answers = yield Batch(tuple(_submit_call(core, group, again) for group in groups), settles=True)
     for group, answer in zip(groups, answers, strict=True):
         group.settle(answer)
 
 
-def _submit_call(core: Core, group: Group, again: bool) -> Call[Found]:
+def _span(core: Core, groups: Sequence[Group]) -> tracing.Span | None:
+    queues = {core.queue_of(group.request) for group in groups}
+    queue = queues.pop() if len(queues) == 1 else core.settings.queue
+    return tracing.submission(queue, messaging__batch__message_count=len(groups))
+
+
+def _send_traced(core: Core, groups: Sequence[Group], again: bool, span: tracing.Span) -> Flow[None]:
+    """One span for all of a round trip: all that is new belongs to it."""
+    with span:
+        calls: list[Call[Any]] = [_submit_call(core, group, again, span.context) for group in groups]
+        if span.is_recording:
+            calls += [core.calls.link(core.identify(group.request).key, span.traceparent) for group in groups]
+        answers = yield Batch(tuple(calls), settles=True)
+        outcomes: Counter[str] = Counter()
+        links = []
+        for group, answer, linked in zip_longest(groups, answers[: len(groups)], answers[len(groups) :]):
+            group.settle(answer)
+            outcomes[str(group.outcome or "error")] += 1
+            if group.outcome is not Outcome.NEW and isinstance(linked, str):
+                links.append(linked)
+        span.set(**{f"rqarm__outcomes__{outcome}": n for outcome, n in outcomes.items()})
+        span.link(links)
+
+
+def _submit_call(core: Core, group: Group, again: bool, trace: str = "") -> Call[Found]:
     group.ticket = flows.ticket_for(core, group.request)
     payload, *more = group.packed.items() or (None,)
     return core.calls.submit(
-        group.request, core.identify(group.request), group.ticket, payload=payload, more=filter(None, more), again=again
+        group.request,
+        core.identify(group.request),
+        group.ticket,
+        payload=payload,
+        more=filter(None, more),
+        again=again,
+        trace=trace,
     )
 
 

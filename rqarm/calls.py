@@ -171,6 +171,8 @@ class Attempt:
     job_id: str = ""
     #: RQ's job of the ticket lies there still, and ends with the attempt: no RQ worker is at it
     owns_job: bool = False
+    #: trace context of who submitted it; "" = none
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,8 +355,11 @@ class Calls:
         payload: tuple[str, bytes] | None = None,
         more: Iterable[tuple[str, bytes]] = (),
         again: bool = False,
+        trace: str = "",
     ) -> Call[Found]:
         """Answer from the cache, join, or claim and queue. ``Found.status.outcome`` says which.
+
+        ``trace``: the trace context of a new claim.
 
         Raises KeyConflict when the key belongs to another request, CorruptResult when a hit cannot be read, VersionSkew
         on a state this version does not know.
@@ -382,6 +387,7 @@ class Calls:
             int(again),
             _tag_lines(request),
             *itertools.chain.from_iterable(more),
+            *((trace,) if trace else ()),
         )
 
         def parse(reply: Any) -> Found:
@@ -670,6 +676,26 @@ class Calls:
     def attend(self, key: Key, since: int, follow_up: NextUp) -> Call[str]:
         """Tell somebody of a failure: ``attended`` | ``already``."""
         return self._call("attend", key, (since, *follow_up.argv), _word("attend"))
+
+    # -- traces
+
+    def link(self, key: Key, context: str) -> Call[str]:
+        """Leave the context of a submit for the execution; the context of that where it is known already, else ""."""
+
+        def parse(reply: Any) -> str:
+            word, *rest = _words("link", reply)
+            return _text(rest[0]) if word == "linked" else ""
+
+        return self._call("link", key, (context,), parse)
+
+    def trace(self, attempt: Attempt, context: str) -> Call[list[str]]:
+        """Tell the context of an attempt that is about to end; those of who has joined it. Raises LeaseLost."""
+
+        def parse(reply: Any) -> list[str]:
+            _, contexts = _held(attempt.key, _words("trace", reply))
+            return [_text(context) for context in contexts]
+
+        return self._call("trace", attempt.key, (attempt.token, context), parse)
 
     # -- healing
 
@@ -966,7 +992,8 @@ def _envelope(packed: bytes) -> Envelope:
 
 
 def _attempt(key: Key, values: list[Any], *, owns_job: bool = False) -> Attempt:
-    token, number, packed, kwargs, retries, crashes, queue, priority, job_id, pushed_ms, started_ms, *uri = values
+    token, number, packed, kwargs, retries, crashes, queue, priority, job_id, pushed_ms, started_ms, *rest = values
+    uri, trace = rest[:3], _text(rest[3]) if len(rest) > 3 else ""
     waited = max(0, int(started_ms) - int(pushed_ms or started_ms)) / 1000
 
     def attempt(request: BatchRequest, arguments: dict[str, Any]) -> Attempt:
@@ -983,6 +1010,7 @@ def _attempt(key: Key, values: list[Any], *, owns_job: bool = False) -> Attempt:
             waited,
             _text(job_id),
             owns_job,
+            trace,
         )
 
     try:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from rqarm import codec
+from rqarm import codec, tracing
 from rqarm.calls import (
     LAPSED,
     Attempt,
@@ -166,14 +166,44 @@ def submit(
     """Submit; a hit carries its value when that is small. A corrupt result counts as a miss and runs again."""
     request, packed = as_request(request), pack_payload(payload, payload_id)
     try:
-        found: Found = yield _submit_call(core, request, packed, again)
+        found = yield from _submitted(core, request, packed, again)
     except CorruptResult:
-        found = yield _submit_call(core, request, packed, True)
+        found = yield from _submitted(core, request, packed, True)
     return found.status
 
 
-def _submit_call(core: Core, request: BatchRequest, payload: tuple[str, bytes] | None, again: bool) -> Call[Found]:
-    return core.calls.submit(request, core.identify(request), ticket_for(core, request), payload=payload, again=again)
+def _submitted(core: Core, request: BatchRequest, payload: tuple[str, bytes] | None, again: bool) -> Flow[Found]:
+    if tracing.is_on():
+        return (yield from _submit_traced(core, request, payload, again))
+    found: Found = yield _submit_call(core, request, payload, again)
+    return found
+
+
+def _submit_call(
+    core: Core, request: BatchRequest, payload: tuple[str, bytes] | None, again: bool, trace: str = ""
+) -> Call[Found]:
+    identity, ticket = core.identify(request), ticket_for(core, request)
+    return core.calls.submit(request, identity, ticket, payload=payload, again=again, trace=trace)
+
+
+def _submit_traced(core: Core, request: BatchRequest, payload: tuple[str, bytes] | None, again: bool) -> Flow[Found]:
+    """The same with a span around it. Who joins leaves the span's context, in the same round trip."""
+    key = core.identify(request).key
+    span = tracing.submission(core.queue_of(request), messaging__message__id=key, rqarm__request=core.describe(request))
+    if span is None:
+        found: Found = yield _submit_call(core, request, payload, again)
+        return found
+    with span:
+        call = _submit_call(core, request, payload, again, span.context)
+        links = (core.calls.link(key, span.traceparent),) if span.is_recording else ()
+        answers: list[Any] = yield Batch((call, *links), settles=True)
+        found, *linked = answers
+        if isinstance(found, Exception):
+            raise found
+        span.set(rqarm__outcome=found.status.outcome, rqarm__state=found.status.state)
+        if found.status.outcome is not Outcome.NEW:
+            span.link(context for context in linked if isinstance(context, str))
+        return found
 
 
 def ticket_for(core: Core, request: BatchRequest) -> Ticket:
@@ -268,13 +298,13 @@ def get_or_submit(
     """(True, value) on a hit, else (False, status). With ``value_only`` a negative answer raises."""
     request, packed = as_request(request), pack_payload(payload, payload_id)
     try:
-        found: Found = yield _submit_call(core, request, packed, False)
+        found = yield from _submitted(core, request, packed, False)
         if found.stored is not None and found.stored.inline is not None:
             return True, found.status.value
         if found.stored is not None:
             return True, (yield from _value(core, found))
     except CorruptResult:
-        found = yield _submit_call(core, request, packed, True)
+        found = yield from _submitted(core, request, packed, True)
     if value_only and found.status.outcome in (Outcome.NEGATIVE, Outcome.REFUSED):
         raise _unsuccessful(found.status)
     return False, found.status

@@ -21,6 +21,7 @@ PATTERNS: dict[str, str] = {
     "done": "done:{key}",
     "told": "done:{key}:told",
     "emitted": "emitted:{key}",
+    "traces": "traces:{key}",
     "pending": "pending:{queue}",
     "load": "load:{queue}",
     "queues": "queues",

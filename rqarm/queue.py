@@ -43,6 +43,11 @@ class _Held:
         """1 for the first."""
         return self._attempt.number
 
+    @property
+    def trace(self) -> str:
+        """The W3C trace context of who submitted it, "traceparent" or "traceparent tracestate"; "" = none was sent."""
+        return self._attempt.trace
+
 
 class Lease(_Held):
     """One execution that is yours until you end it or fall silent for longer than the lease.

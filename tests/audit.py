@@ -25,7 +25,7 @@ STRIDE = 2.5e15
 RADIX = 128
 IN_FLIGHT = ("pending", "in_progress")
 #: keys of ours that may carry a TTL: a result and its record, and the throttle of the sweep
-MAY_EXPIRE = ("status:", "result:", "chunk:", "callbacks:", "followup:", "emitted:", "swept")
+MAY_EXPIRE = ("status:", "result:", "chunk:", "callbacks:", "followup:", "emitted:", "traces:", "swept")
 RQ_LIST = "rq:queue:"
 TICKET = re.compile(r"^(?P<key>[A-Za-z0-9_-]+)-[0-9a-f]{8}$")
 

@@ -25,7 +25,7 @@ SOURCES = {
 }
 #: scripts that the server may refuse when memory is out, or that only read; the others must always get through
 READING = {"read", "follow", "locate", "browse", "stats", "overview", "search", "claims", "inspect", "survey"}
-WITHOUT_FLAGS = {"submit", "put", "emit", "requeue"} | READING
+WITHOUT_FLAGS = {"submit", "put", "emit", "requeue", "link", "trace"} | READING
 #: Lua's own `error` is a function: the name below a header is another
 ALIASES = {"error": "err"}
 #: commands that give a key a TTL, and the only places where they may stand
@@ -35,6 +35,7 @@ MAY_GIVE_TTL = {
     "fail": {"PEXPIRE"},
     "cancel": {"PEXPIRE"},
     "complete": {"PEXPIRE"},
+    "link": {"PEXPIRE"},
 }
 
 _BINDING = re.compile(r"^local ([\w, ]+) = (.*(?:KEYS|ARGV).*)$", re.MULTILINE)

@@ -22,7 +22,7 @@ from drive import ERROR, LEASE_MS, STATES, STORED_STATE, Rig, Seeded, Snapshot, 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rqarm import RequestManager, browse, codec, connect, embedded, flows
+from rqarm import RequestManager, browse, codec, connect, embedded, flows, followups
 from rqarm import calls as calls_module
 from rqarm.calls import Attempt, Call, Found, Overdue, Ticket
 from rqarm.errors import ForeignData, KeyConflict, LeaseLost, RqarmError
@@ -55,6 +55,9 @@ renew mine          lost        lost        lost        renewed*    lost        
 renew other         lost        lost        lost        lost        lost        lost
 emit mine           lost        lost        lost        emitted*    lost        emitted*
 emit other          lost        lost        lost        lost        lost        lost
+link new            unknown     left*       left*       left*       left*       left*
+trace mine          lost        lost        lost        traced*     lost        traced*
+trace other         lost        lost        lost        lost        lost        lost
 complete mine       lost        lost        lost        stored*     lost        stored*
 complete other      lost        lost        lost        lost        lost        lost
 fail mine           lost        lost        lost        failed*     lost        failed*
@@ -123,6 +126,9 @@ renew mine          lost        lost        lost        lost        lost        
 renew other         lost        lost        lost        lost        lost        lost        lost        lost
 emit mine           lost        lost        lost        lost        lost        lost        lost        lost
 emit other          lost        lost        lost        lost        lost        lost        lost        lost
+link new            unknown     unknown     unknown     unknown     unknown     unknown     unknown     unknown
+trace mine          lost        lost        lost        lost        lost        lost        lost        lost
+trace other         lost        lost        lost        lost        lost        lost        lost        lost
 complete mine       already     already     already     lost        lost        lost        lost        lost
 complete other      lost        lost        lost        lost        lost        lost        lost        lost
 fail mine           lost        lost        lost        already     already     lost        already     lost
@@ -191,6 +197,9 @@ renew mine          renewed*    renewed*    lost        lost
 renew other         lost        lost        lost        lost
 emit mine           emitted*    emitted*    lost        lost
 emit other          lost        lost        lost        lost
+link new            left*       left*       left*       left*
+trace mine          traced*     traced*     lost        lost
+trace other         lost        lost        lost        lost
 complete mine       stored*     stored*     lost        lost
 complete other      lost        lost        lost        lost
 fail mine           failed*     failed*     lost        lost
@@ -306,6 +315,10 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             return rig.calls.renew(attempt, 2 * LEASE_MS)
         case "emit", _:
             return rig.calls.emit(attempt, 1, b"\x01")
+        case "link", _:
+            return rig.calls.link(key, "00-1-2-01")
+        case "trace", _:
+            return rig.calls.trace(attempt, "00-3-4-01")
         case "complete", _:
             return rig.complete(attempt)
         case "fail", _:
@@ -492,10 +505,32 @@ def _emitted_before(rig: Rig) -> Call[Any]:
     return rig.calls.emit(attempt, 1, b"\x01")
 
 
+def _own(rig: Rig) -> Call[Any]:
+    identity, traced = rig.core.identify(REQUEST), "00-1-2-01 vendor=1"
+    assert rig.word(rig.calls.submit(REQUEST, identity, rig.ticket(REQUEST), trace=traced)) == "new"
+    return rig.calls.link(identity.key, "00-1-2-01")
+
+
+def _full(rig: Rig) -> Call[Any]:
+    key = rig.seed("pending", REQUEST).key
+    for n in range(100):
+        assert rig.word(rig.calls.link(key, f"00-{n}-2-01")) == "left"
+    return rig.calls.link(key, "00-100-2-01")
+
+
+def _linked(rig: Rig) -> Call[Any]:
+    attempt = rig.begin(REQUEST)
+    assert rig.word(rig.calls.trace(attempt, "00-3-4-01")) == "traced"
+    return rig.calls.link(attempt.key, "00-1-2-01")
+
+
 SPECIAL: dict[tuple[str, str], tuple[Callable[[Rig], Call[Any]], str]] = {
     ("submit", "corrupt"): (_corrupt, "corrupt"),
     ("submit", "refused"): (_refused, "refused"),
     ("emit", "already"): (_emitted_before, "already"),
+    ("link", "own"): (_own, "own"),
+    ("link", "full"): (_full, "full"),
+    ("link", "linked"): (_linked, "linked"),
     ("complete", "torn"): (_torn, "torn"),
     ("put", "torn"): (_torn_put, "torn"),
     ("crash", "quarantined"): (_last_crash, "already"),
@@ -1887,3 +1922,51 @@ def test_out_of_memory_an_emission_is_refused_and_writes_nothing(rig: Rig, full:
     with pytest.raises(redis.exceptions.OutOfMemoryError):
         rig.reply(rig.calls.emit(attempt, 2, b"\x02"))
     assert stored(rig) == before
+
+
+# -- traces
+
+
+def test_a_new_claim_keeps_the_trace_of_its_submit_until_it_has_a_result(rig: Rig) -> None:
+    def traced(context: str) -> Call[Any]:
+        return rig.calls.submit(REQUEST, rig.core.identify(REQUEST), rig.ticket(REQUEST), trace=context, again=True)
+
+    assert rig.word(traced("00-1-2-01")) == "new"
+    assert rig.word(traced("00-5-6-01")) == "joined"
+    first = rig.reply(rig.take())
+    assert first[-1] == b"00-1-2-01"
+    attempt = rig.take().parse(first).attempt
+    assert attempt is not None
+    assert attempt.trace == "00-1-2-01"
+    assert (attempt.request.uri, attempt.request.key) == (REQUEST.uri, REQUEST.key)
+    assert rig.word(rig.retry(attempt, rig.ticket(REQUEST))) == "retried"
+    assert rig.record(attempt.key)["trace"] == "00-1-2-01"
+    again = rig.take().parse(rig.reply(rig.take())).attempt
+    assert again is None or again.trace == "00-1-2-01"
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_follow_up_belongs_to_the_trace_of_what_made_it(rig: Rig, traced: bool) -> None:
+    rig.word(rig.calls.submit(REQUEST, rig.core.identify(REQUEST), rig.ticket(REQUEST), trace="00-1-2-01 a=b"))
+    attempt = rig.take().parse(rig.reply(rig.take())).attempt
+    assert attempt is not None
+    if traced:
+        assert rig.word(rig.calls.trace(attempt, "00-3-4-01")) == "traced"
+    follow_up = followups._of_attempt(rig.core, FollowUp.CALLBACK, attempt)
+    encoded = codec.encode(1, rig.settings)
+    call = rig.calls.complete(attempt, encoded.envelope, encoded.inline, sticky=False, ttl_ms=0, follow_up=follow_up)
+    assert rig.word(call) == "stored"
+    assert rig.record(follow_up.identity.key)["trace"] == ("00-3-4-01" if traced else "00-1-2-01 a=b")
+    assert rig.record(attempt.key).get("traced") == ("1:00-3-4-01" if traced else None)
+    assert "trace" not in rig.record(attempt.key)
+
+
+def test_the_end_of_a_traced_execution_takes_the_contexts_of_the_joiners_away(rig: Rig) -> None:
+    attempt = rig.begin(REQUEST)
+    name = rig.named("traces", key=attempt.key)
+    assert rig.word(rig.calls.link(attempt.key, "00-1-2-01")) == "left"
+    rig.client.sadd(name, "12345 00-8-9-01")
+    call = rig.calls.trace(attempt, "00-3-4-01")
+    assert call.parse(rig.reply(call)) == ["00-1-2-01"], "what is left of another claim does not count"
+    assert rig.word(rig.complete(attempt)) == "stored"
+    assert not rig.client.exists(name)

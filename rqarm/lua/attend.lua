@@ -14,7 +14,7 @@ local key, since = ARGV[2], tonumber(ARGV[3])
 local status = KEYS[1]
 local follow_up = {unpack(ARGV, 4)}
 
-local claim = record(key, 'state', 'queue', 'priority', 'error')
+local claim = record(key, 'state', 'queue', 'priority', 'error', 'trace', 'traced')
 
 local known = tonumber(redis.call('ZSCORE', unattended_name(follow_up[1]), key) or nil)
 if claim.state ~= 'failed' or known ~= since then return {'already'} end

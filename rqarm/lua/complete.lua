@@ -30,7 +30,7 @@ local follow_up = {unpack(ARGV, 12)}
 local HANDED_MS = 60000
 
 local claim = record(key, 'state', 'token', 'sticky', 'ttl_ms', 'fallback_ttl_ms', 'started_ms', 'queue', 'priority',
-  'slot', 'est_ms', 'done_token', 'limit', 'pushed_ms', 'emitted')
+  'slot', 'est_ms', 'done_token', 'limit', 'pushed_ms', 'emitted', 'trace', 'traced')
 
 -- They lie under a name of this attempt: who submits the request anew must not find them.
 local handed = follow_up[1] == '' and callbacks_name(key .. ':' .. token)
@@ -71,7 +71,10 @@ elseif follow_up[1] then
     for n = 0, chunks - 1 do expire_at(chunk_name(key, token, n), now_ms + needed_ms) end
   end
 end
-redis.call('UNLINK', callbacks_name(key), unpack(job ~= '' and {job} or {}))
+local gone = {callbacks_name(key)}
+if job ~= '' then gone[2] = job end
+if claim.traced then gone[#gone + 1] = traces_name(key) end
+redis.call('UNLINK', unpack(gone))
 learn(family, now_ms - tonumber(claim.started_ms))
 count_end('completed', claim, family, size_bytes)
 event('complete', key, 'completed')

@@ -22,7 +22,7 @@ local reason, note, keep = ARGV[7], ARGV[8], tonumber(ARGV[9])
 local follow_ups = {unpack(ARGV, 10)}
 
 local claim = record(key, 'state', 'token', 'done_token', 'queue', 'priority', 'slot', 'est_ms', 'limit', 'started_ms',
-  'pushed_ms', 'emitted')
+  'pushed_ms', 'emitted', 'trace', 'traced')
 
 if claim.state == 'failed' and claim.done_token == token then return {'already'} end
 if claim.state ~= 'in_progress' or claim.token ~= token then

@@ -363,14 +363,16 @@ local function revoke_failure(key, fields)
   fields.crashes, fields.retries = nil, nil
 end
 
--- What an execution needs to know, in the order of the answers of start and take; and what begin must know beside it.
+-- What an execution needs to know, in the order of the answers of start and take; and what begin must know beside it. The
+-- trace context stands behind it, where there is one.
 local ATTEMPT = {'token', 'attempts', 'request', 'kwargs', 'retries', 'crashes', 'queue', 'priority', 'job_id',
   'pushed_ms', 'started_ms', 'uri', 'uri_2', 'uri_3'}
-local BEFORE = {'state', 'exec', 'slot', 'est_ms', 'limit', 'due_ms', unpack(ATTEMPT)}
+local BEFORE = {'state', 'exec', 'slot', 'est_ms', 'limit', 'due_ms', 'trace', unpack(ATTEMPT)}
 
 local function attempt(fields)
   local values = {}
   for i, name in ipairs(ATTEMPT) do values[i] = fields[name] or false end
+  if fields.trace then values[#ATTEMPT + 1] = fields.trace end
   return unpack(values)
 end
 
@@ -475,7 +477,8 @@ local function copy_hash(from, to)
 end
 
 -- Follow-ups: requests about a request that has ended, each given as its kind and six values. The payloads go with them; a
--- copy, where the request may run again. What else they must know is in `about`, field and value.
+-- copy, where the request may run again. What else they must know is in `about`, field and value. They belong to the trace of
+-- the execution that makes them, else to that of the submit.
 local function follow(key, follow_ups, fields, is_copy, about)
   for i = 1, #follow_ups - 6, 7 do
     local kind, follow_up, uri, request, job_id, commands, data = unpack(follow_ups, i, i + 6)
@@ -489,6 +492,8 @@ local function follow(key, follow_ups, fields, is_copy, about)
     redis.call('HSET', followup_name(follow_up), 'of', key, unpack(about))
     enter(follow_up, uri, request, job_id, commands, data, fields.queue, tonumber(fields.priority), next_seq(), 0, '0',
       0, 0)
+    local context = string.match(fields.traced or '', '^%d+:(.+)$') or fields.trace
+    if context then redis.call('HSET', status_name(follow_up), 'trace', context) end
   end
 end
 
@@ -533,7 +538,7 @@ local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks
     'done_token', done_token)
   -- Of a flight only what readers see stays, and what a repeated submit or complete is known by.
   redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress', 'error', 'quarantined', 'note', 'negative_until', 'kwargs', 'ticket', 'slot', 'ttl_ms',
-    'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms')
+    'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms', 'trace')
   -- One that has expired stands in the indexes until the sweep looks; its size must not count for ever.
   if redis.call('ZADD', sizes_name(), 'NX', size_bytes, key) == 0 then
     drop_index(key, 'expired')

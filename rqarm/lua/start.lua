@@ -15,7 +15,7 @@
 -- ARGV job       str    RQ's job hash, deleted with it
 --
 -- Returns {'started', token, attempt, request, kwargs, retries, crashes, queue, priority, job_id, pushed_ms, started_ms,
---   uri, uri_2, uri_3}
+--   uri, uri_2, uri_3, trace}
 -- Returns {'superseded', state} | {'unknown'}
 
 local status = KEYS[1]

@@ -25,7 +25,8 @@
 -- ARGV max_attempts     int    crashes after which a request is set aside
 -- ARGV again            0|1    run again whatever is cached
 -- ARGV tags             str    a line each, with a line break before the first; '' = none
--- ARGV more             bytes  further payload ids and payloads in turn, to the end
+-- ARGV more             bytes  further payload ids and payloads in turn, to the end; the last of an odd number is the trace
+--   context of a new claim
 --
 -- Returns {'new', record, fresh} | {'joined', record} | {'hit', record, result} | {'negative', record}
 -- Returns {'refused', record, pending} | {'conflict', uri} | {'corrupt', state}
@@ -88,7 +89,7 @@ local more = {unpack(ARGV, 22)}
 local function keep_payload()
   if payload_id ~= '' then
     redis.call('HSETNX', callbacks_name(key), payload_id, payload)
-    for i = 1, #more, 2 do redis.call('HSETNX', callbacks_name(key), more[i], more[i + 1]) end
+    for i = 1, #more - 1, 2 do redis.call('HSETNX', callbacks_name(key), more[i], more[i + 1]) end
     redis.call('PERSIST', callbacks_name(key))
   end
 end
@@ -156,6 +157,7 @@ local function claim_it()
   keep_payload()
   enter(key, uri, request, job_id, commands, data, queue, priority, ticket, est_ms, sticky, ttl_ms, fallback_ttl_ms)
   if tags ~= '' then index_tags(key, tags) end
+  if #more % 2 == 1 then redis.call('HSET', status, 'trace', more[#more]) end
 end
 
 local outcome, extra

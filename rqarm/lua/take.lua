@@ -17,7 +17,7 @@
 -- ARGV lists       str   RQ's lists in their order, to the end; none: only what this `exec` has started before
 --
 -- Returns {'started', key, list, token, attempt, request, kwargs, retries, crashes, queue, priority, job_id, pushed_ms,
---   started_ms, uri, uri_2, uri_3} | {'empty', last_event} | {'foreign', list} | {'suspended'}
+--   started_ms, uri, uri_2, uri_3, trace} | {'empty', last_event} | {'foreign', list} | {'suspended'}
 -- Returns also: list is '' when this `exec` had started it before.
 
 local leases = KEYS[1]

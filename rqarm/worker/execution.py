@@ -28,7 +28,7 @@ import redis
 import rq
 from rq.job import Job
 
-from rqarm import codec, flows, followups
+from rqarm import codec, flows, followups, tracing
 from rqarm.calls import Attempt, NextUp
 from rqarm.codec import Result
 from rqarm.context import Context, RetryLater, SetAside
@@ -44,6 +44,7 @@ from rqarm.worker.emitter import Emitter
 from rqarm.worker.limits import ALARM_DELAY, Alarm, Interruptible, await_in_time, in_time, time_limit
 from rqarm.worker.loading import load_handlers
 from rqarm.worker.patience import pause_after
+from rqarm.worker.traced import traced
 
 log = logging.getLogger("rqarm.worker")
 T = TypeVar("T")
@@ -135,6 +136,10 @@ def close_resources() -> None:
     except Exception:
         log.exception("a resource was not torn down")
     process.has_async_resources = False
+    try:
+        tracing.flush()
+    except Exception:
+        log.exception("the last spans were not exported")
 
 
 def manager_for(namespace: str, connection: redis.Redis) -> RequestManager:
@@ -170,7 +175,7 @@ def perform(namespace: str, key: str = "") -> None:
     finally:
         _sweep_now_and_then(manager)
         known = this_process().handlers
-        if known is not None and known.resources.are_built:
+        if tracing.is_on() or (known is not None and known.resources.are_built):
             _close_with_the_process(job)
 
 
@@ -335,6 +340,10 @@ class Execution:
         self.core, self.attempt, self.worker, self.hold = core, attempt, worker, hold
         self.began = time.monotonic()
         self.outcome = ""
+        #: with which it ended, also when another attempt follows
+        self.error: BaseException | None = None
+        #: where this process traces, while it runs
+        self.span: tracing.Span | None = None
         #: the loop that runs beside this thread, when there is one
         self.loop: asyncio.AbstractEventLoop | None = None
         #: how the handler can be stopped from another thread
@@ -348,6 +357,9 @@ class Execution:
 
     def flow(self) -> Steps:
         """Match, call, end. Raises the handler's error when the request has failed for good."""
+        return traced(self, self._flow()) if tracing.is_on() else self._flow()
+
+    def _flow(self) -> Steps:
         route: Route | None = None
         try:
             match = self.match()
@@ -430,7 +442,8 @@ class Execution:
             if inspect.iscoroutine(value):
                 value.close()  # nobody will await it
             raise
-        return runner.run(await_in_time(value, limit, self.spent()))
+        handling = await_in_time(value, limit, self.spent())
+        return runner.run(handling if self.span is None else tracing.within(self.span, handling))
 
     async def _with_resources(self, value: Awaitable[Any], limit: float) -> Any:
         try:
@@ -580,7 +593,7 @@ class Execution:
 
     def _tell(self, outcome: str, route: Route | None, error: BaseException | None = None) -> None:
         """The one line of this attempt."""
-        self.outcome = outcome
+        self.outcome, self.error = outcome, error
         if isinstance(error, LeaseLost):
             outcome, error = f"{outcome} ({error.state})", None
         is_found = self._context is not None and self._context.is_found
