@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import http.client
 import math
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -461,3 +463,36 @@ def test_what_is_archived_is_not_computed(hired: Callable[[str], Crew]) -> None:
     team = hired("resources.py")
     assert team.rm.get("/sales/2024", timeout=20) == {"year": 2024, "total": 22, "source": "archive"}
     assert team.rm.get("/sales/2025", timeout=20) == {"year": 2025, "total": 42, "source": "database"}
+
+
+def test_a_request_is_traced_from_its_submit_to_its_callback(
+    url: str, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "RQARM_URL": url, "RQARM_ALLOW_VOLATILE": "1"}
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / "tracing.py"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    spans = [line for line in run.stdout.splitlines() if " in trace " in line]
+    names = [line[:24].split(maxsplit=1) for line in spans]
+    assert [name.strip() for _, name in names] == [
+        "submit arm",
+        "page of Ada",
+        "submit arm",
+        "page of Grace",
+        "query",
+        "execute arm",
+        "mail",
+        "execute arm",
+    ]
+    assert [service for service, _ in names] == ["client"] * 4 + ["worker"] * 4
+    traces = [line.split(" in trace ")[1][:32] for line in spans]
+    assert set(traces[2:4]) != {traces[0]}
+    assert set(traces[:2] + traces[4:]) == {traces[0]}
+    joiner = spans[2].split(" span ")[1][:16]
+    assert f"linked to {joiner}" in spans[5]
+    assert "Ada, Grace" in run.stdout

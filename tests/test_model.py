@@ -52,7 +52,7 @@ URIS = tuple(f"/{n}" for n in range(3))
 MAX_ATTEMPTS = 2
 #: low for the same reason: what is kept of an attempt's emissions
 MOST_ITEMS, MOST_BYTES = 3, 7
-VERBS = ("renew", "emit", "admit", "complete", "fail", "retry", "release", "crash")
+VERBS = ("renew", "emit", "trace", "admit", "complete", "fail", "retry", "release", "crash")
 
 uris = st.sampled_from(URIS)
 priorities = st.sampled_from(Priority)
@@ -88,6 +88,7 @@ class Record:
     untold: set[FollowUp] = field(default_factory=set)  # who has not been told that it was set aside
     place: str = ""  # under the limit: running, called, parked
     emitted: list[tuple[int, int]] = field(default_factory=list)  # number and size of what its attempt has emitted
+    traced: int = 0  # number of the attempt that has told its trace context last
 
     @property
     def in_flight(self) -> bool:
@@ -133,6 +134,8 @@ REACHED = {
     ("start", "started superseded unknown"),
     ("renew", "renewed lost"),
     ("emit", "emitted already lost"),
+    ("trace", "traced lost"),
+    ("link", "left linked unknown"),
     ("follow", "found unknown"),
     ("model", "dropped gap"),
     ("admit", "admitted parked lost"),
@@ -651,6 +654,23 @@ class Machine(RuleBasedStateMachine):
             Watched.seen.add(("model", "dropped"))
             del record.emitted[0]
         assert self.rig.word(call) == "already"
+
+    def act_trace(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
+        call = self.rig.calls.trace(attempt, f"00-{attempt.number}-1-01")
+        assert self.rig.word(call) == ("traced" if holds else "lost")
+        if holds:
+            record.traced = record.attempts
+
+    @rule(uri=uris)
+    def link(self, uri: str) -> None:
+        """A submit leaves its trace context, or learns that of the execution."""
+        record = self.world.records.get(uri, Record("unknown"))
+        is_told = record.traced == record.attempts if record.state == "in_progress" else record.traced > 0
+        word = self.rig.word(self.rig.calls.link(BatchRequest(uri).key, "00-9-9-01"))
+        if record.state == "pending" or (record.state == "in_progress" and not is_told):
+            assert word == "left"
+        else:
+            assert word == ("linked" if is_told else "unknown")
 
     def act_admit(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
         if holds:

@@ -161,7 +161,7 @@ def test_only_a_result_its_record_and_a_replaced_ticket_get_a_ttl(name: str) -> 
     source = re.sub(r"--[^\n]*", "", SOURCES[name])
     receivers = re.findall(r"(?<!function )(?:expire_at\(|'PEXPIRE', )(\w+)", source)
     ended = {"callbacks_name", "followup_name", "emitted_name", "handed"}
-    assert set(receivers) <= {"chunk_name", "result_name", "status_name", "status", "replaced"} | ended
+    assert set(receivers) <= {"chunk_name", "result_name", "status_name", "status", "replaced", "traces"} | ended
 
 
 @pytest.mark.parametrize("name", SOURCES)

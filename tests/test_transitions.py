@@ -1933,23 +1933,23 @@ def test_a_new_claim_keeps_the_trace_of_its_submit_until_it_has_a_result(rig: Ri
 
     assert rig.word(traced("00-1-2-01")) == "new"
     assert rig.word(traced("00-5-6-01")) == "joined"
-    first = rig.reply(rig.take())
-    assert first[-1] == b"00-1-2-01"
-    attempt = rig.take().parse(first).attempt
-    assert attempt is not None
-    assert attempt.trace == "00-1-2-01"
-    assert (attempt.request.uri, attempt.request.key) == (REQUEST.uri, REQUEST.key)
-    assert rig.word(rig.retry(attempt, rig.ticket(REQUEST))) == "retried"
-    assert rig.record(attempt.key)["trace"] == "00-1-2-01"
-    again = rig.take().parse(rig.reply(rig.take())).attempt
-    assert again is None or again.trace == "00-1-2-01"
+    first = rig.ask(rig.take())
+    assert isinstance(first, Attempt)
+    assert first.trace == "00-1-2-01"
+    assert (first.request.uri, first.request.tags, first.key) == (REQUEST.uri, REQUEST.tags, REQUEST.key)
+    assert rig.word(rig.retry(first, rig.ticket(REQUEST))) == "retried"
+    second = rig.ask(rig.start(first.key, rig.record(first.key)["job_id"]))
+    assert isinstance(second, Attempt)
+    assert second.trace == "00-1-2-01"
+    assert rig.word(rig.complete(second)) == "stored"
+    assert "trace" not in rig.record(first.key)
 
 
 @pytest.mark.parametrize("traced", [True, False])
 def test_a_follow_up_belongs_to_the_trace_of_what_made_it(rig: Rig, traced: bool) -> None:
     rig.word(rig.calls.submit(REQUEST, rig.core.identify(REQUEST), rig.ticket(REQUEST), trace="00-1-2-01 a=b"))
-    attempt = rig.take().parse(rig.reply(rig.take())).attempt
-    assert attempt is not None
+    attempt = rig.ask(rig.take())
+    assert isinstance(attempt, Attempt)
     if traced:
         assert rig.word(rig.calls.trace(attempt, "00-3-4-01")) == "traced"
     follow_up = followups._of_attempt(rig.core, FollowUp.CALLBACK, attempt)
