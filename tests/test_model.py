@@ -52,7 +52,7 @@ URIS = tuple(f"/{n}" for n in range(3))
 MAX_ATTEMPTS = 2
 #: low for the same reason: what is kept of an attempt's emissions
 MOST_ITEMS, MOST_BYTES = 3, 7
-VERBS = ("renew", "emit", "trace", "admit", "complete", "fail", "retry", "release", "crash")
+VERBS = ("renew", "emit", "admit", "complete", "fail", "retry", "release", "crash")
 
 uris = st.sampled_from(URIS)
 priorities = st.sampled_from(Priority)
@@ -445,6 +445,7 @@ class Machine(RuleBasedStateMachine):
             record.state, record.job_id, record.order = "pending", ticket.job_id, self.next_order()
             record.crashes = record.retries = 0
             record.reason, record.negative, record.delayed, record.untold = "", False, False, set()
+            record.emitted = []
             self.push(uri, ticket.job_id, rank)
             assert self.rig.word(call) == "already"
 
@@ -476,6 +477,7 @@ class Machine(RuleBasedStateMachine):
         if record.in_flight:  # who waits for it asked for as much
             sticky, life_ms = sticky or record.sticky, max(life_ms, record.ttl_ms)
         self.stored(uri, record, sticky, life_ms)
+        record.traced = 0
         record.emitted = []
 
     def stored(self, uri: str, record: Record, sticky: bool, life_ms: int) -> None:
@@ -632,6 +634,10 @@ class Machine(RuleBasedStateMachine):
         assert self.rig.word(call) == ("renewed" if holds else "lost")
         if holds:
             record.lapsed = False
+        # not rules of their own, which would be drawn in place of those that move states
+        self.link(uri, record)
+        self.trace(record, attempt, holds)
+        self.link(uri, record)
 
     def act_emit(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
         """The next one, one again, or the next but one: those between were lost on their way."""
@@ -655,17 +661,15 @@ class Machine(RuleBasedStateMachine):
             del record.emitted[0]
         assert self.rig.word(call) == "already"
 
-    def act_trace(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
+    def trace(self, record: Record, attempt: Attempt, holds: bool) -> None:
         call = self.rig.calls.trace(attempt, f"00-{attempt.number}-1-01")
         assert self.rig.word(call) == ("traced" if holds else "lost")
         if holds:
             record.traced = record.attempts
 
-    @rule(uri=uris)
-    def link(self, uri: str) -> None:
+    def link(self, uri: str, record: Record) -> None:
         """A submit leaves its trace context, or learns that of the execution."""
-        record = self.world.records.get(uri, Record("unknown"))
-        is_told = record.traced == record.attempts if record.state == "in_progress" else record.traced > 0
+        is_told = 0 < record.traced == record.attempts
         word = self.rig.word(self.rig.calls.link(BatchRequest(uri).key, "00-9-9-01"))
         if record.state == "pending" or (record.state == "in_progress" and not is_told):
             assert word == "left"

@@ -21,12 +21,11 @@ local TRACES_KEPT_MS = 24 * 60 * 60 * 1000
 
 local claim = record(key, 'state', 'trace', 'traced', 'attempts', 'submitted_ms')
 local attempt, execution = string.match(claim.traced or '', '^(%d+):(.+)$')
-local is_running = claim.state == 'in_progress'
+-- That of an earlier attempt is not the one that counts.
+local is_told = attempt and attempt == claim.attempts
 
-if claim.state ~= 'pending' and not is_running or is_running and attempt == claim.attempts then
-  if execution then return {'linked', execution} end
-  return {'unknown'}
-end
+if claim.state ~= 'pending' and is_told then return {'linked', execution} end
+if claim.state ~= 'pending' and claim.state ~= 'in_progress' then return {'unknown'} end
 if claim.trace and string.sub(claim.trace, 1, #context) == context then return {'own'} end
 
 -- The claim's time stands before each, so one that is left over counts for nothing in the next claim.

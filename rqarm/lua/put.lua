@@ -37,7 +37,7 @@ if claim.state == 'pending' or claim.state == 'in_progress' then
   ttl_ms = math.max(ttl_ms, tonumber(claim.ttl_ms) or 0)
 end
 redis.call('HSET', status, 'request', request, uri_fields(uri))
-if claim.state then redis.call('HDEL', status, 'tags') end
+if claim.state then redis.call('HDEL', status, 'tags', 'traced') end
 if tags ~= '' then index_tags(key, tags) end
 if claim.state then
   land(key, claim)
