@@ -25,6 +25,8 @@ PATTERNS: dict[str, str] = {
     "results": "results",
     "sizes": "sizes",
     "quarantine": "quarantine",
+    "aliases": "aliases:{key}",
+    "redirected": "redirected",
     "limits": "limits",
     "running": "running:{limit}",
     "called": "called:{limit}",
@@ -54,6 +56,7 @@ RECORD_FIELDS: tuple[str, ...] = (
     "worker",
     "error",
     "quarantined",
+    "alias",
 )
 
 #: those of them that hold the identity, in pieces

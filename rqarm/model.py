@@ -55,7 +55,8 @@ class Priority(IntEnum):
 
 #: verb -> {state before: state after}; what is not listed is refused and writes nothing. A submit of what is completed
 #: moves only when it insists (resubmit) or the result is gone; ``crash`` ends in ``failed`` at its limit; ``admit``
-#: moves only when there is no place; ``put`` goes from every state to ``completed``.
+#: moves only when there is no place; ``redirect`` ends as its target when that has ended; ``put`` goes from every
+#: state to ``completed``.
 TRANSITIONS: dict[str, dict[State, State]] = {
     "submit": {
         State.UNKNOWN: State.PENDING,
@@ -71,6 +72,7 @@ TRANSITIONS: dict[str, dict[State, State]] = {
     "fail": {State.IN_PROGRESS: State.FAILED},
     "retry": {State.IN_PROGRESS: State.PENDING},
     "release": {State.IN_PROGRESS: State.PENDING},
+    "redirect": {State.IN_PROGRESS: State.PENDING},
     "revive": {State.PENDING: State.PENDING},
     "crash": {State.IN_PROGRESS: State.PENDING},
     "cancel": {State.PENDING: State.CANCELLED, State.IN_PROGRESS: State.CANCELLED},
@@ -88,7 +90,8 @@ class BatchStatus:
 
     Times are aware datetimes in UTC from the server's clock. ``position``: 1 = next to start, 0 = in progress, None =
     not asked for or not in flight. ``eta`` and ``estimated_time`` are seconds. ``error`` has type, message and
-    traceback. ``value`` is filled on a hit only, and left out of ``to_dict``.
+    traceback. ``redirect``: the key of the request whose result answers, or will answer, this one. ``value`` is filled
+    on a hit only, and left out of ``to_dict``.
     """
 
     key: Key
@@ -109,6 +112,7 @@ class BatchStatus:
     worker: str | None = None
     queue: str = ""
     quarantined: bool = False
+    redirect: Key | None = None
     value: Any = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,7 +29,12 @@ WITHOUT_FLAGS = {"submit", "put", "read", "locate", "browse", "stats"}
 ALIASES = {"error": "err"}
 #: commands that give a key a TTL, and the only places where they may stand
 GIVES_TTL = re.compile(r"'(P?EXPIRE(?:AT)?|P?SETEX|GETEX|[EP]X(?:AT)?|RESTORE)'")
-MAY_GIVE_TTL = {"prelude": {"PEXPIREAT", "PEXPIRE"}, "fail": {"PEXPIRE"}, "cancel": {"PEXPIRE"}}
+MAY_GIVE_TTL = {
+    "prelude": {"PEXPIREAT", "PEXPIRE"},
+    "fail": {"PEXPIRE"},
+    "cancel": {"PEXPIRE"},
+    "redirect": {"PEXPIRE"},
+}
 
 _BINDING = re.compile(r"^local ([\w, ]+) = (.*(?:KEYS|ARGV).*)$", re.MULTILINE)
 _EXPRESSION = re.compile(r"(tonumber\()?(\{unpack\()?(KEYS|ARGV)(?:\[|, )(\d+)(?:\]|\)\})\)?(?:, |$)")
@@ -138,8 +143,8 @@ def test_there_is_a_script_for_every_file_but_the_prelude() -> None:
 def test_no_script_spells_a_key_name(name: str) -> None:
     strings = re.findall(r"'([^'\n]*)'", re.sub(r"--[^\n]*", "", SOURCES[name]))
     literals = {part for pattern in PATTERNS.values() for part in re.split(r"\{\w+\}", pattern) if part != ":"}
-    # `swept` is a key and a word of the sweep's answer
-    assert not (set(strings) & (literals - {"", "swept"}))
+    # `swept` and `redirected` are keys and words that are answered or counted
+    assert not (set(strings) & (literals - {"", "swept", "redirected"}))
     assert not [text for text in strings if text.startswith(("rq:", "arm:"))]
 
 
@@ -153,7 +158,15 @@ def test_no_script_gives_a_ttl_to_what_is_in_flight(name: str) -> None:
 def test_only_a_result_its_record_and_a_replaced_ticket_get_a_ttl(name: str) -> None:
     source = re.sub(r"--[^\n]*", "", SOURCES[name])
     receivers = re.findall(r"(?<!function )(?:expire_at\(|'PEXPIRE', )(\w+)", source)
-    assert set(receivers) <= {"chunk_name", "result_name", "status_name", "callbacks_name", "status", "replaced"}
+    assert set(receivers) <= {
+        "chunk_name",
+        "result_name",
+        "status_name",
+        "callbacks_name",
+        "aliases_name",
+        "status",
+        "replaced",
+    }
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -33,6 +33,8 @@ from rqarm.scripts import all_scripts, script
 REQUEST = BatchRequest("/slow?x=1", key="slow")
 #: same readable key, another request
 IMPOSTOR = BatchRequest("/other", key="slow")
+#: where redirects lead
+TARGET = BatchRequest("/target")
 
 # fmt: off
 TABLE = ("""
@@ -68,6 +70,8 @@ crash same          alive       already     already     already     already     
 revive mine         alive       revived*    revived*    alive       alive       alive
 revive other        alive       alive       alive       alive       alive       alive
 revive same         alive       already     already     already     already     already
+redirect mine       lost        lost        lost        linked*     lost        linked*
+redirect other      lost        lost        lost        lost        lost        lost
 cancel -            unknown     cancelled*  cancelled*  cancelled*  cancelled*  cancelled*
 forget -            unknown     in_flight   in_flight   in_flight   in_flight   in_flight
 put new             stored*     stored*     stored*     stored*     stored*     stored*
@@ -113,6 +117,8 @@ crash same          already     already     already     already     already     
 revive mine         alive       alive       alive       alive       alive       alive       alive
 revive other        alive       alive       alive       alive       alive       alive       alive
 revive same         already     already     already     already     already     already     already
+redirect mine       lost        lost        lost        lost        lost        lost        lost
+redirect other      lost        lost        lost        lost        lost        lost        lost
 cancel -            ended       ended       ended       ended       ended       ended       ended
 forget -            forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*
 put new             stored*     stored*     stored*     stored*     stored*     stored*     stored*
@@ -158,6 +164,8 @@ crash same          already     already     already     already
 revive mine         alive       alive       revived*    revived*
 revive other        alive       alive       alive       alive
 revive same         already     already     already     already
+redirect mine       linked*     linked*     lost        lost
+redirect other      lost        lost        lost        lost
 cancel -            cancelled*  cancelled*  cancelled*  cancelled*
 forget -            in_flight   in_flight   in_flight   in_flight
 put new             stored*     stored*     stored*     stored*
@@ -170,6 +178,53 @@ sweep -             swept       swept       swept       swept
 clear all           cleared     cleared     cleared     cleared
 clear temporary     cleared     cleared     cleared     cleared
 stats -             stats       stats       stats       stats
+""", """
+                    redirected  aliased
+submit new          joined      hit
+submit same         new         hit
+submit again        joined      new*
+submit impostor     conflict    conflict
+start same          superseded  superseded
+start other         superseded  superseded
+start repeated      superseded  superseded
+take new            empty       empty
+take repeated       empty       empty
+admit mine          lost        lost
+admit other         lost        lost
+admit same          parked      parked
+renew mine          lost        lost
+renew other         lost        lost
+complete mine       lost        lost
+complete other      lost        lost
+fail mine           lost        lost
+fail other          lost        lost
+retry mine          lost        lost
+retry other         lost        lost
+retry same          already     already
+release mine        lost        lost
+release other       lost        lost
+release same        already     already
+crash mine          alive       alive
+crash other         alive       alive
+crash clock         alive       alive
+crash same          already     already
+revive mine         alive       alive
+revive other        alive       alive
+revive same         already     already
+redirect mine       already     already
+redirect other      lost        lost
+cancel -            cancelled*  ended
+forget -            in_flight   forgotten*
+put new             stored*     stored*
+put impostor        conflict    conflict
+read -              found       found
+locate -            found       found
+browse line         page        page
+browse results      page        page
+sweep -             swept       swept
+clear all           cleared     cleared*
+clear temporary     cleared     cleared*
+stats -             stats       stats
 """)
 # fmt: on
 
@@ -194,6 +249,7 @@ SECOND_WORD = {
     ("release", "released"): "already",
     ("crash", "requeued"): "already",
     ("revive", "revived"): "already",
+    ("redirect", "linked"): "already",
     ("cancel", "cancelled"): "ended",
     ("forget", "forgotten"): "unknown",
 }
@@ -242,6 +298,9 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             lost = ticket.job_id if variant == "other" else seeded.job_id
             found = Overdue(key, REQUEST.uri, "arm", Priority.DEFAULT, job_id=lost)
             return rig.calls.revive(found, same if variant == "same" else rig.ticket(REQUEST))
+        case "redirect", _:
+            rig.word(rig.submit(TARGET))
+            return rig.redirect(attempt, TARGET.key)
         case "put", _:
             return rig.put(IMPOSTOR if variant == "impostor" else REQUEST, secrets.token_hex(8))
         case "read", _:
@@ -368,6 +427,29 @@ def _suspended(rig: Rig) -> Call[Any]:
     return rig.take_any(rig.jobs.lists("arm"), for_rq=True)
 
 
+def _redirected(target: str) -> Callable[[Rig], Call[Any]]:
+    def prepare(rig: Rig) -> Call[Any]:
+        rig.seed(target, TARGET)
+        return rig.redirect(rig.seed("mine", REQUEST).attempt, TARGET.key)
+
+    return prepare
+
+
+def _loop(rig: Rig) -> Call[Any]:
+    target = rig.begin(TARGET)
+    assert rig.word(rig.redirect(rig.begin(REQUEST), TARGET.key)) == "linked"
+    return rig.redirect(target, REQUEST.key)
+
+
+def _endless(rig: Rig) -> Call[Any]:
+    attempt = rig.begin(BatchRequest("/0"))
+    for n in range(1, 21):
+        following = rig.begin(BatchRequest(f"/{n}"))
+        assert rig.word(rig.redirect(attempt, following.key)) == "linked"
+        attempt = following
+    return rig.redirect(attempt, rig.begin(TARGET).key)
+
+
 def chunked(rig: Rig) -> codec.Envelope:
     """The envelope of a result in three pieces, none of which is stored."""
     small = replace(rig.settings, inline_bytes=10, chunk_bytes=1_000)
@@ -383,6 +465,12 @@ SPECIAL: dict[tuple[str, str], tuple[Callable[[Rig], Call[Any]], str]] = {
     ("submit", "refused"): (_refused, "refused"),
     ("complete", "torn"): (_torn, "torn"),
     ("put", "torn"): (_torn_put, "torn"),
+    ("redirect", "aliased"): (_redirected("completed"), "already"),
+    ("redirect", "failed"): (_redirected("negative"), "already"),
+    ("redirect", "cancelled"): (_redirected("cancelled"), "already"),
+    ("redirect", "gone"): (_redirected("evicted"), "gone"),
+    ("redirect", "loop"): (_loop, "loop"),
+    ("redirect", "endless"): (_endless, "endless"),
     ("crash", "quarantined"): (_last_crash, "already"),
     ("take", "foreign"): (_foreign, "foreign"),
     ("take", "suspended"): (_suspended, "suspended"),

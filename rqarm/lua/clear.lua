@@ -16,7 +16,7 @@ local keys = redis.call('ZRANGEBYSCORE', results, '-inf', to, 'LIMIT', 0, limit)
 local cleared = 0
 for _, key in ipairs(keys) do
   local state = redis.call('HGET', status_name(key), 'state')
-  drop_result(key)
+  cleared = cleared + drop_result(key)
   if state == 'completed' then
     redis.call('UNLINK', status_name(key), callbacks_name(key))
     event('forget', key, 'unknown')

@@ -27,6 +27,7 @@ if negative_ms > 0 then redis.call('HSET', status, 'negative_until', int(now_ms 
 redis.call('PEXPIRE', status, int(math.max(failure_ttl_ms, negative_ms)))
 redis.call('PEXPIRE', callbacks_name(key), int(failure_ttl_ms))
 wake(key, 'failed')
+end_all_led_by(key, 'failed', err, negative_ms > 0 and int(now_ms + negative_ms) or nil)
 count('executions', 'failed')
 event('fail', key, 'failed')
 return {'failed'}

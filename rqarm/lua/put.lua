@@ -22,7 +22,7 @@ local sticky, ttl_ms, size_bytes, chunks = ARGV[7], tonumber(ARGV[8]), ARGV[9], 
 local envelope, bytes = ARGV[11], ARGV[12]
 
 local claim = record(key, 'state', 'uri', 'uri_2', 'uri_3', 'queue', 'slot', 'est_ms', 'sticky', 'ttl_ms', 'limit',
-  'done_token')
+  'done_token', 'alias')
 
 if claim.state and uri_of(claim) ~= uri then return {'conflict', uri_of(claim)} end
 -- Sent again because its reply was lost: storing twice would count the size twice and lengthen the life.
@@ -36,6 +36,7 @@ if claim.state == 'pending' or claim.state == 'in_progress' then
   ttl_ms = math.max(ttl_ms, tonumber(claim.ttl_ms) or 0)
 end
 redis.call('HSET', status, 'request', request, uri_fields(uri))
+if claim.alias then break_away(key, claim.alias) end
 if claim.state then
   land(key, claim)
 else

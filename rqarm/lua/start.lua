@@ -27,7 +27,7 @@ if not state then
   outcome = 'unknown'
 elseif state == 'in_progress' and claim.exec == exec then
   outcome = 'started'
-elseif state == 'pending' and claim.job_id == job_id then
+elseif state == 'pending' and claim.job_id == job_id and not claim.alias then
   begin(key, claim, exec, worker, lease_ms)
   outcome = 'started'
 elseif state == 'failed' and claim.job_id == job_id then

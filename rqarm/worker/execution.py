@@ -20,6 +20,7 @@ import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -27,15 +28,25 @@ import redis
 import rq
 from rq.job import Job
 
-from rqarm import codec, flows
+from rqarm import codec, flows, redirects
 from rqarm.calls import Attempt
 from rqarm.codec import Result
-from rqarm.context import Context, RetryLater
-from rqarm.errors import ConfigError, InvalidRequest, LeaseLost, NoHandler, ResultTooLarge, RqarmError, UnpackableResult
+from rqarm.context import Context, Redirected, RetryLater
+from rqarm.errors import (
+    ConfigError,
+    InvalidRequest,
+    LeaseLost,
+    NoHandler,
+    RedirectLoop,
+    ResultTooLarge,
+    RqarmError,
+    UnpackableResult,
+)
 from rqarm.flows import Core
 from rqarm.handlers import Handlers, Match, Route
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
+from rqarm.request import BatchRequest
 from rqarm.rqjobs import key_of
 from rqarm.shell import Shell
 from rqarm.worker.limits import ALARM_DELAY, Alarm, Interruptible, await_in_time, in_time, time_limit
@@ -46,7 +57,7 @@ log = logging.getLogger("rqarm.worker")
 T = TypeVar("T")
 
 #: errors that the same arguments bring again: retrying them burns workers
-HOPELESS = (ConfigError, InvalidRequest, NoHandler, UnpackableResult, ResultTooLarge)
+HOPELESS = (ConfigError, InvalidRequest, NoHandler, RedirectLoop, UnpackableResult, ResultTooLarge)
 #: longest wait in seconds before a server that refused the end of an attempt is told again
 PATIENCE = 1.0
 
@@ -280,6 +291,8 @@ class Execution:
         #: seconds that the attempt may take
         self.limit = self._limit()
         self._ended = 0.0
+        #: what the handler looked up last: another request and its result
+        self._found: tuple[BatchRequest, Any] | None = None
 
     def flow(self) -> Steps:
         """Match, call, end. Raises the handler's error when the request has failed for good."""
@@ -291,14 +304,58 @@ class Execution:
                 self._tell("parked", route)
                 return
             self._check()
-            value = yield Handle(match)
+            value = yield from self._handled(match)
             self._check()
+            if isinstance(value, Redirected):
+                yield from self._redirect(value, route)
+                return
             yield from self._insist(flows.finish(self.core, self.attempt, value, sticky=route.sticky, ttl=route.ttl))
             self._tell("completed", route)
         except LeaseLost as lost:
             self._tell("given up", route, lost)
         except BaseException as error:  # noqa: BLE001 -- whatever a handler raises, its request must end
             yield from self._end_badly(error, route)
+
+    # -- redirects
+
+    def _handled(self, match: Match) -> Generator[Any, Any, Any]:
+        """What the handler returned, or where it sent us: a value that is another request's is not stored again."""
+        try:
+            value = yield Handle(match)
+        except Redirected as redirected:
+            return redirected
+        if self._found is not None and value is self._found[1]:
+            return Redirected(self._found[0])
+        return value
+
+    def _redirect(self, redirected: Redirected, route: Route) -> Generator[Any, Any, None]:
+        failure_ttl = route.failure_ttl
+        redirect = redirects.redirect(
+            self.core, self.attempt, redirected.target, again=redirected.again, failure_ttl=failure_ttl
+        )
+        try:
+            word = yield from self._insist(redirect)
+        except flows.Refused as refused:
+            packed, delay = codec.pack_error(refused), redirects.REFUSED_DELAY
+            yield from self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=None))
+            self._tell(f"retried in {delay:g} s", route, refused)
+            return
+        self._tell(f"redirected to {redirects.name_of(self.core, redirected.target)}, {word}", route)
+
+    def look_up(self, target: BatchRequest) -> flows.Flow[Any]:
+        """The cached result of another request. Raises Redirected when there is none."""
+        value = yield from redirects.look_up(self.core, target)
+        self._found = target, value
+        return value
+
+    def look_up_in(self, shell: Shell, target: BatchRequest) -> Any:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return shell.run(self.look_up(target))
+        raise RuntimeError(
+            "this blocks the event loop: write `await context.aget_or_redirect(...)` in an async handler"
+        )
 
     def _check(self) -> None:
         """A handler that stopped early because the attempt is lost may have returned half of its answer."""
@@ -318,7 +375,11 @@ class Execution:
     def call(self, match: Match, shell: Shell) -> Any:
         """Call the handler in this thread, within its time limit."""
         limit = self.limit
-        context = self.context(lambda *report: self._report(shell, *report))
+        context = self.context(
+            lambda *report: self._report(shell, *report),
+            look_up=partial(self.look_up_in, shell),
+            look_up_async=lambda target: asyncio.to_thread(shell.run, self.look_up(target)),
+        )
         with self.stopper or time_limit(limit, self.spent()):
             value = match.call(self.attempt.request, context)
         if inspect.isawaitable(value):
@@ -339,7 +400,8 @@ class Execution:
             raise
         return runner.run(await_in_time(value, limit, self.spent()))
 
-    def context(self, report: Callable[[float, str], object]) -> Context:
+    def context(self, report: Callable[[float, str], object], **ways: Any) -> Context:
+        """``ways``: how the context asks the server, see Context."""
         return Context(
             self.attempt.request,
             self.attempt.key,
@@ -350,6 +412,7 @@ class Execution:
             self.hold.is_lost,
             self.began + self.limit,
             self.worker,
+            **ways,
         )
 
     def match(self) -> Match:
