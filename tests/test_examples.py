@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -289,3 +291,19 @@ def test_a_full_queue_is_service_unavailable(redis_client: redis.Redis) -> None:
 def test_a_route_that_nobody_has_is_no_handler() -> None:
     with pytest.raises(NoHandler):
         cities.handlers.match(BatchRequest("/countries"))
+
+
+# --- redirects
+
+
+def test_the_redirects_example_computes_once_and_answers_three_times(url: str, redis_client: redis.Redis) -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("RQARM_", "RQ_"))}
+    environ |= {"RQARM_URL": url, "RQARM_ALLOW_VOLATILE": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    program = [sys.executable, str(EXAMPLES / "redirects.py")]
+    done = subprocess.run(program, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines.count("  computing FR-75") == 1
+    answers = [line.split(" completed ")[1] for line in lines[1:]]
+    root = BatchRequest("/city/FR-75").key
+    assert answers == ["{'code': 'FR-75'} -> " + root] * 2 + ["{'code': 'FR-75'}"]
