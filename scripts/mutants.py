@@ -67,15 +67,15 @@ MUTANTS = [
     Mutant(
         "complete-keeps-the-lease",
         "lua/prelude.lua",
-        "vacate(key, fields.limit) end\n  redis.call('ZREM', leases_name(), key)\n  redis.call('HDEL'",
-        "vacate(key, fields.limit) end\n  redis.call('HDEL'",
+        "vacate(key, fields.limit) end\n  redis.call('ZREM', leases_name(), key)\nend",
+        "vacate(key, fields.limit) end\nend",
     ),
     Mutant("no-wake-up", "lua/prelude.lua", "  wake(key, 'completed')\n", ""),
     Mutant("commit-of-a-torn-result", "lua/complete.lua", "if missing > 0 then", "if false then"),
     Mutant(
         "chunks-keep-their-short-life",
         "lua/prelude.lua",
-        "do expire_at(chunk_name(key, stored[1], n), deadline_ms) end",
+        "do expire_at(chunk_name(key, owner, n), deadline_ms) end",
         "do end",
     ),
     Mutant(
@@ -85,8 +85,8 @@ MUTANTS = [
     Mutant(
         "sticky-gets-a-ttl",
         "lua/prelude.lua",
-        "set_deadline(key, not sticky and now_ms + ttl_ms or nil)",
-        "set_deadline(key, now_ms + ttl_ms)",
+        "expire_together(key, owner, chunks, not sticky and now_ms + ttl_ms or nil)",
+        "expire_together(key, owner, chunks, now_ms + ttl_ms)",
     ),
     Mutant(
         "submit-joins-a-lapsed-lease",
@@ -119,8 +119,8 @@ MUTANTS = [
     Mutant(
         "cancel-leaves-the-line",
         "lua/prelude.lua",
-        "local function land(key, fields)\n  leave_line(key, fields)\n",
-        "local function land(key, fields)\n",
+        "local function make_room(key, fields)\n  leave_line(key, fields)\n",
+        "local function make_room(key, fields)\n",
     ),
     Mutant(
         "load-is-never-given-back",
@@ -157,9 +157,8 @@ MUTANTS = [
     Mutant(
         "an-end-keeps-its-place",
         "lua/prelude.lua",
-        "  if fields.limit then vacate(key, fields.limit) end\n"
-        "  redis.call('ZREM', leases_name(), key)\n  redis.call('HDEL'",
-        "  redis.call('ZREM', leases_name(), key)\n  redis.call('HDEL'",
+        "  if fields.limit then vacate(key, fields.limit) end\n  redis.call('ZREM', leases_name(), key)\nend",
+        "  redis.call('ZREM', leases_name(), key)\nend",
     ),
     Mutant(
         "a-retry-keeps-its-place",
@@ -196,8 +195,8 @@ MUTANTS = [
     Mutant(
         "take-swallows-foreign-jobs",
         "lua/take.lua",
-        "if not claim.state and is_job and not is_ours(job_id)",
-        "if false",
+        "redis.call('EXISTS', job_prefix .. job_id) == 1 and not is_ours(job_id)",
+        "false",
     ),
     Mutant("take-stops-at-foreign-records", "lua/take.lua", "if values.err then return nil, job_id end\n", ""),
     Mutant("a-suspended-worker-takes", "lua/take.lua", "redis.call('EXISTS', suspended) == 1", "false"),
@@ -209,12 +208,13 @@ MUTANTS = [
         "false",
     ),
     Mutant("take-leaves-the-jobs-of-old-tickets", "lua/take.lua", "if not is_running and not", "if false and not"),
-    Mutant("take-starts-two-for-one-execution", "lua/take.lua", "if last_exec == exec and", "if false and"),
+    Mutant("take-starts-two-for-one-execution", "lua/take.lua", "if last_exec == exec then", "if false then"),
     *(
         Mutant(f"{verb}-leaves-its-job", f"lua/{verb}.lua", "if job ~= '' then redis.call('UNLINK', job) end\n", "")
-        for verb in ("complete", "retry", "release")
+        for verb in ("retry", "release")
     ),
-    Mutant("waiter-reads-before-it-listens", "flows.py", "    yield Watch(tuple(waiting))\n", ""),
+    Mutant("complete-leaves-its-job", "lua/complete.lua", "unpack(job ~= '' and {job} or {})", "unpack({})"),
+    Mutant("waiter-reads-before-it-listens", "flows.py", "    else:\n        yield Watch(tuple(waiting))\n", ""),
     Mutant(
         "waiter-trusts-the-wake-up",
         "flows.py",

@@ -41,13 +41,6 @@ LANES = 20
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def home() -> Iterator[embedded.PrivateServer]:
-    """One server for all crews of this module."""
-    with servers.throwaway(servers.VALKEY or servers.REDIS) as server:
-        yield server
-
-
 @pytest.fixture
 def team(home: embedded.PrivateServer, tmp_path: Path) -> Iterator[Crew]:
     """A crew of this test alone; it hires whom it needs."""
@@ -658,24 +651,12 @@ def test_who_overruns_fails_alone(lanes: Crew, kind: str) -> None:
     assert lanes.rm.get(f"/pid/{kind}", timeout=20) == horse
 
 
-def shown(team: Crew, key: str) -> Job:
-    """RQ's job of a running request, once RQ's tools show it."""
-    job = team.job(key)
-
-    def is_started() -> bool:
-        job.refresh()
-        return job.worker_name is not None
-
-    eventually(is_started)
-    return job
-
-
 def by_cancel(team: Crew, key: str) -> None:
     assert team.rm.cancel(key)
 
 
 def by_command(team: Crew, key: str) -> None:
-    send_stop_job_command(team.rm.connection, shown(team, key).id, serializer=JSONSerializer)
+    send_stop_job_command(team.rm.connection, team.shown(key).id, serializer=JSONSerializer)
 
 
 @pytest.mark.parametrize("stop", [by_cancel, by_command])

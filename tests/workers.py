@@ -164,6 +164,17 @@ class Crew:
         assert job_id is not None
         return Job.fetch(job_id.decode(), connection=self.rm.connection, serializer=JSONSerializer)
 
+    def shown(self, key: str) -> Job:
+        """RQ's job of a running request, once RQ's tools show it."""
+        job = self.job(key)
+
+        def is_started() -> bool:
+            job.refresh()
+            return job.worker_name is not None
+
+        eventually(is_started)
+        return job
+
     def settle(self, *keys: str, timeout: float = PATIENCE) -> list[BatchStatus]:
         """The statuses of requests that have all ended; only looked at, so that waiting heals nothing."""
         read = [self.rm.status(key) for key in keys]
