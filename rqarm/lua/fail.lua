@@ -44,6 +44,7 @@ else
   if claim.emitted then redis.call('PEXPIRE', emitted_name(key), int(math.max(failure_ttl_ms, negative_ms))) end
   list_failure(key)
   wake(key, 'failed')
+  end_all_led_by(key, 'failed', err, negative_ms > 0 and int(now_ms + negative_ms) or nil)
 end
 redis.call('HSET', status, 'done_token', token)
 -- Of what is set aside a copy of the payloads: they are for the end of its next run.
