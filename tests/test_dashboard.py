@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import logging
 import os
@@ -840,3 +841,13 @@ def test_metrics_need_credentials_and_are_prometheus(manager: RequestManager) ->
     answer = client.get("/metrics", headers={"Authorization": "Bearer t0ken"})
     assert answer.mimetype == "text/plain"
     assert 'rqarm_submissions_total{outcome="new"} 1' in answer.text
+
+
+def test_the_page_on_it_names_every_path_and_option(client: FlaskClient) -> None:
+    text = (ROOT / "docs" / "dashboard.md").read_text()
+    told = re.findall(r"^\| `(/api/v1/[^`]*)` \|", text, re.MULTILINE)
+    assert sorted(told) == sorted(each["path"] for each in client.get("/api/v1/").json["paths"])
+    for each in dataclasses.fields(Options):
+        assert f"`RQARM_DASHBOARD_{each.name.upper()}`" in text
+    for path in ("healthz", "readyz", "metrics", "stream"):
+        assert f"| `/{path}` |" in text
