@@ -6,11 +6,14 @@ Importing it does nothing: no connection, no thread, no file. Start with ``Reque
 from typing import TYPE_CHECKING, Any
 
 from rqarm.aio import AsyncRequestManager
+from rqarm.bulk import Hit
 from rqarm.codec import Result
 from rqarm.context import Context
 from rqarm.errors import (
+    BulkError,
     ConfigError,
     CorruptResult,
+    EmissionTooLarge,
     ForeignData,
     InvalidRequest,
     KeyConflict,
@@ -29,9 +32,11 @@ from rqarm.errors import (
     VersionSkew,
     WaitTimeout,
 )
-from rqarm.handlers import Handlers, Retry
+from rqarm.following import FollowEvent, FollowKind
+from rqarm.handlers import MISS, Handlers, Retry
+from rqarm.inline import BulkResult
 from rqarm.manager import RequestManager
-from rqarm.model import BatchStatus, Outcome, Priority, State
+from rqarm.model import BatchStatus, Outcome, Priority, Reason, State
 from rqarm.request import BatchRequest
 from rqarm.version import __version__ as __version__
 
@@ -39,14 +44,21 @@ if TYPE_CHECKING:
     from rqarm.worker import Worker
 
 __all__ = [
+    "MISS",
     "AsyncRequestManager",
     "BatchRequest",
     "BatchStatus",
+    "BulkError",
+    "BulkResult",
     "ConfigError",
     "Context",
     "CorruptResult",
+    "EmissionTooLarge",
+    "FollowEvent",
+    "FollowKind",
     "ForeignData",
     "Handlers",
+    "Hit",
     "InvalidRequest",
     "KeyConflict",
     "LeaseLost",
@@ -54,6 +66,7 @@ __all__ = [
     "Outcome",
     "Priority",
     "Quarantined",
+    "Reason",
     "RequestCancelled",
     "RequestFailed",
     "RequestLost",

@@ -7,15 +7,20 @@ from typing import Any
 
 import redis.asyncio
 
-from rqarm import browse, connect, flows
+from rqarm import browse, bulk, connect, flows, following, inline
 from rqarm.browse import ClaimPage, RequestDetail, SearchPage, WorkersView
+from rqarm.bulk import AsyncEntries as Entries
+from rqarm.bulk import Entry, OnError
 from rqarm.cache import AsyncCache
 from rqarm.config import Settings
 from rqarm.flows import Core, Event
+from rqarm.following import FollowEvent
+from rqarm.inline import BulkResult, Compute, Mitigation, OnHits
 from rqarm.inspect import Overview, overview
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus
-from rqarm.queue import AsyncQueues
+from rqarm.quarantine import AsyncQuarantine
+from rqarm.queue import AsyncLease, AsyncQueues
 from rqarm.request import BatchRequest
 from rqarm.rqjobs import RqJobs
 from rqarm.shell import GIVEN, AsyncShell, same_docs
@@ -33,6 +38,7 @@ class AsyncRequestManager:
         self.shell = AsyncShell(self.core.keys, self.settings, where, connection)
         self.cache = AsyncCache(self.core, self.shell)
         self.queues = AsyncQueues(self.core, self.shell)
+        self.quarantine = AsyncQuarantine(self.core, self.shell)
 
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> AsyncRequestManager:
@@ -42,14 +48,35 @@ class AsyncRequestManager:
     def connection(self) -> redis.asyncio.Redis:
         return self.shell.client
 
-    async def submit(self, request: BatchRequest | str, *, payload: Any = None) -> BatchStatus:
-        return await self.shell.run(flows.submit(self.core, request, payload))
+    async def submit(
+        self, request: BatchRequest | str, *, payload: Any = None, payload_id: str | None = None
+    ) -> BatchStatus:
+        return await self.shell.run(flows.submit(self.core, request, payload, payload_id=payload_id))
 
     async def submit_many(self, requests: Iterable[BatchRequest | str]) -> list[BatchStatus]:
-        return await self.shell.run(flows.submit_many(self.core, requests))
+        return await self.shell.run(bulk.submit_many(self.core, requests))
 
-    async def resubmit(self, request: BatchRequest | str, *, payload: Any = None) -> BatchStatus:
-        return await self.shell.run(flows.submit(self.core, request, payload, again=True))
+    def submit_stream(
+        self, requests: Entries, *, chunk: int = bulk.CHUNK, on_error: OnError | None = None
+    ) -> AsyncIterator[BatchStatus]:
+        return inline.async_submit_stream(self.core, self.shell, requests, chunk, on_error)
+
+    async def bulk_get_or_submit(
+        self,
+        requests_with_payloads: Iterable[Entry],
+        *,
+        on_hits: OnHits | None = None,
+        mitigation: Mitigation | None = None,
+        compute: Compute | None = None,
+    ) -> BulkResult[AsyncLease]:
+        return await inline.async_get_or_submit(
+            self.core, self.shell, requests_with_payloads, on_hits, mitigation, compute
+        )
+
+    async def resubmit(
+        self, request: BatchRequest | str, *, payload: Any = None, payload_id: str | None = None
+    ) -> BatchStatus:
+        return await self.shell.run(flows.submit(self.core, request, payload, payload_id=payload_id, again=True))
 
     async def status(self, key: str) -> BatchStatus:
         return await self.shell.run(flows.status(self.core, key))
@@ -69,14 +96,19 @@ class AsyncRequestManager:
     async def get(self, request: BatchRequest | str, timeout: float | None = None) -> Any:
         return await self.shell.run(flows.get(self.core, request, timeout))
 
-    async def get_or_submit(self, request: BatchRequest | str, payload: Any = None) -> tuple[bool, Any]:
-        return await self.shell.run(flows.get_or_submit(self.core, request, payload))
+    async def get_or_submit(
+        self, request: BatchRequest | str, payload: Any = None, *, payload_id: str | None = None
+    ) -> tuple[bool, Any]:
+        return await self.shell.run(flows.get_or_submit(self.core, request, payload, payload_id=payload_id))
 
     async def wait(self, keys: str | Iterable[str], timeout: float | None = None) -> list[BatchStatus]:
         return await self.shell.run(flows.wait(self.core, keys, timeout))
 
     def as_completed(self, keys: Iterable[str], timeout: float | None = None) -> AsyncIterator[BatchStatus]:
         return self.shell.iterate(flows.as_completed(self.core, keys, timeout))
+
+    def follow(self, request: BatchRequest | str, timeout: float | None = None) -> AsyncIterator[FollowEvent]:
+        return self.shell.iterate(following.follow(self.core, request, timeout))
 
     async def cancel(self, key: str) -> bool:
         return await self.shell.run(flows.cancel(self.core, key))

@@ -6,6 +6,7 @@ the script of the same name. Everything in milliseconds is named so; callers spe
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from rqarm.codec import Envelope
 from rqarm.config import Settings
 from rqarm.errors import CorruptResult, ForeignData, InvalidRequest, KeyConflict, LeaseLost, RqarmError, VersionSkew
 from rqarm.keys import RECORD_FIELDS, URI_FIELDS, Keys
-from rqarm.model import BatchStatus, Key, Outcome, Priority, State, Token
+from rqarm.model import BatchStatus, FollowUp, Key, Outcome, Priority, Reason, State, Token
 from rqarm.request import BatchRequest
 from rqarm.request import unpack as unpack_request
 from rqarm.scripts import Script, all_scripts, script
@@ -28,6 +29,8 @@ T = TypeVar("T")
 
 #: quarantined requests kept at the most; the oldest go first
 QUARANTINE_KEPT = 10_000
+#: what of an attempt's emissions is kept, in number and in bytes, and how large one may be
+EMISSIONS_KEPT, EMITTED_BYTES, EMITTED_MAX = 1_000, 8 << 20, 1 << 20
 #: requests that one step of the sweep, clear or browse looks at
 STEP = 100
 
@@ -79,6 +82,41 @@ class ParkingTicket(Ticket):
     """A ticket for later. ``recall``: the commands that queue the same job at the front before its time."""
 
     recall: str
+
+
+@dataclass(frozen=True, slots=True)
+class NextUp:
+    """A follow-up that the end of a request makes, should it come to that: the request, its identity, its ticket."""
+
+    kind: FollowUp
+    request: BatchRequest
+    identity: Canonical
+    ticket: Ticket
+
+    @property
+    def argv(self) -> tuple[Any, ...]:
+        packed = self.request.pack_beside(self.identity.text)
+        ticket = self.ticket
+        return (self.kind, self.identity.key, self.identity.text, packed, ticket.job_id, ticket.commands, ticket.data)
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a follow-up is about: the request ``of`` this key, its result or its packed error, and the payloads."""
+
+    of: Key
+    stored: Stored | None
+    error: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Unattended:
+    """A failed request as far as a follow-up of it needs it. ``state`` is "" when there is no record."""
+
+    state: str
+    queue: str
+    priority: Priority
+    request: BatchRequest | None
 
 
 class Delivery(Protocol):
@@ -161,6 +199,17 @@ class UnreadableRequest(VersionSkew):
 
 
 @dataclass(frozen=True, slots=True)
+class Followed:
+    """What a follower finds. ``token``: of the attempt that runs or was the last, "" = not known. ``first``: the number
+    of the first of ``values``, which are packed. ``found``: the record, with the result of a completed request."""
+
+    found: Found
+    token: str
+    first: int
+    values: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Overdue:
     """A request that the sweep found dead. ``crashes`` counts for a lapsed lease, ``job_id`` is the lost ticket's."""
 
@@ -185,6 +234,49 @@ class Page:
 
     total: int
     entries: tuple[BatchStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantineEntry:
+    """A request that was set aside, and why.
+
+    ``exception``: the full name of its type; ``message`` and ``traceback`` go with it. ``kwargs``: what the handler was
+    called with; of a process that died only what a retry had changed. ``info``: what the handler said beside the
+    message. ``route``: "" when nobody was left who knew it. ``when``: aware, in UTC, on the server's clock.
+    ``request``: None when another version wrote it. ``payloads``: None when they were not asked for. ``job_id``: of
+    RQ's failed job.
+    """
+
+    key: Key
+    reason: str
+    uri: str
+    operation: str
+    request: BatchRequest | None
+    route: str
+    queue: str
+    priority: Priority
+    exception: str
+    message: str
+    traceback: str
+    attempts: int
+    crashes: int
+    retries: int
+    kwargs: dict[str, Any]
+    info: dict[str, Any]
+    submitted: datetime | None
+    started: datetime | None
+    when: datetime | None
+    worker: str
+    job_id: str
+    payloads: list[Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same without the request: times in ISO 8601; ``kwargs``, ``info`` and ``payloads`` as they are."""
+        named = {name: getattr(self, name) for name in self.__slots__ if name != "request"}
+        named["key"], named["priority"] = str(self.key), self.priority.name.lower()
+        for name in ("submitted", "started", "when"):
+            named[name] = named[name].isoformat() if named[name] is not None else None
+        return named
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +351,7 @@ class Calls:
         ticket: Ticket,
         *,
         payload: tuple[str, bytes] | None = None,
+        more: Iterable[tuple[str, bytes]] = (),
         again: bool = False,
     ) -> Call[Found]:
         """Answer from the cache, join, or claim and queue. ``Found.status.outcome`` says which.
@@ -267,6 +360,7 @@ class Calls:
         on a state this version does not know.
         """
         key, settings = identity.key, self.settings
+        queue = request.queue or settings.queue
         argv = (
             identity.text,
             request.pack_beside(identity.text),
@@ -274,7 +368,7 @@ class Calls:
             ticket.commands,
             ticket.data,
             self.delivery.job_prefix,
-            request.queue or settings.queue,
+            queue,
             int(request.priority),
             int(request.sticky),
             ms(request.ttl or 0),
@@ -287,6 +381,7 @@ class Calls:
             settings.max_attempts,
             int(again),
             _tag_lines(request),
+            *itertools.chain.from_iterable(more),
         )
 
         def parse(reply: Any) -> Found:
@@ -296,10 +391,10 @@ class Calls:
             if word == "corrupt":
                 raise _unknown_state(key, rest[0])
             if word == "new" and not rest[0]:
-                return Found(_new_status(key, request, identity, argv[6], rest[1]), None)
+                return Found(_new_status(key, request, identity, queue, rest[1]), None)
             stored = _stored(key, rest[1]) if word == "hit" else None
             value = stored.value() if stored is not None and stored.inline is not None else None
-            return Found(_status(key, rest[0], _OUTCOMES[word], value), stored)
+            return Found(self._status(key, rest[0], _OUTCOMES[word], value), stored)
 
         return self._call("submit", key, argv, parse)
 
@@ -310,9 +405,22 @@ class Calls:
             word, *rest = _words("read", reply)
             if word == "unknown":
                 return Found(BatchStatus(key, State.UNKNOWN), None)
-            return Found(_status(key, rest[0]), _stored(key, rest[1]))
+            return Found(self._status(key, rest[0]), _stored(key, rest[1]))
 
         return self._call("read", key, (int(with_value),), parse)
+
+    def follow(self, key: Key, token: str, number: int) -> Call[Followed | None]:
+        """What is new for a follower who knows the attempt ``token`` up to ``number``. None: there is no record."""
+
+        def parse(reply: Any) -> Followed | None:
+            word, *rest = _words("follow", reply)
+            if word == "unknown":
+                return None
+            packed, current, first, values, stored = rest
+            found = Found(_status(key, packed), _stored(key, stored))
+            return Followed(found, _text(current), int(first), tuple(values))
+
+        return self._call("follow", key, (token, number), parse)
 
     def locate(self, key: Key, queue: str) -> Call[BatchStatus]:
         """The record with position and eta; live workers are counted on ``queue``."""
@@ -323,7 +431,7 @@ class Calls:
                 return BatchStatus(key, State.UNKNOWN)
             position, eta_ms = int(rest[1]), int(rest[2])
             return replace(
-                _status(key, rest[0]),
+                self._status(key, rest[0]),
                 position=position if position >= 0 else None,
                 eta=eta_ms / 1000 if eta_ms >= 0 else None,
             )
@@ -374,11 +482,15 @@ class Calls:
 
     # -- attempts
 
-    def start(self, key: Key, job_id: str, execution: str, worker: str, lease_ms: int) -> Call[Attempt | State]:
+    def start(
+        self, key: Key, job_id: str, execution: str, worker: str, lease_ms: int, *, own_list: str = ""
+    ) -> Call[Attempt | State]:
         """The attempt, or the state because of which the ticket is superseded (``unknown``: no record).
 
-        ``execution`` is made by the caller; the same one again gets the same token.
+        ``execution`` is made by the caller; the same one again gets the same token. ``own_list``: RQ's list that the
+        ticket stands in, for a caller who is no RQ worker: ticket and RQ job go with the start.
         """
+        job = self.delivery.job_prefix + job_id if own_list else ""
 
         def parse(reply: Any) -> Attempt | State:
             word, *rest = _words("start", reply)
@@ -386,7 +498,7 @@ class Calls:
                 return _attempt(key, rest)
             return State.UNKNOWN if word == "unknown" else _state(key, rest[0])
 
-        return self._call("start", key, (job_id, execution, worker, lease_ms), parse)
+        return self._call("start", key, (job_id, execution, worker, lease_ms, own_list, job), parse)
 
     def take(
         self, lists: Sequence[str], execution: str, taker: str, worker: str, lease_ms: int, *, for_rq: bool = False
@@ -418,7 +530,7 @@ class Calls:
         """True: the attempt has one of the limit's places. False: it was handed back and waits. Raises LeaseLost."""
         waits = (ticket.job_id, ticket.commands, ticket.data, ticket.recall, delay_ms)
         word = _held_word("admit", attempt.key)
-        argv = (attempt.token, limit, max_running, *waits)
+        argv = (attempt.token, limit, max_running, *waits, self._own_job(attempt))
         return self._call("admit", attempt.key, argv, lambda reply: word(reply) == "admitted")
 
     def renew(self, attempt: Attempt, lease_ms: int, progress: bytes = b"") -> Call[int]:
@@ -432,24 +544,55 @@ class Calls:
 
         return self._call("renew", attempt.key, (attempt.token, lease_ms, progress), parse)
 
-    def complete(
-        self, attempt: Attempt, envelope: Envelope, inline: bytes | None, *, sticky: bool, ttl_ms: int
-    ) -> Call[str]:
-        """``stored`` | ``already``. Raises LeaseLost, and RqarmError when chunks are missing."""
+    def emit(self, attempt: Attempt, number: int, packed: bytes) -> Call[str]:
+        """``emitted`` | ``already``. Raises LeaseLost. ``number`` counts what the attempt emits, from 1."""
+        argv = (attempt.token, number, EMISSIONS_KEPT, EMITTED_BYTES, packed)
+        return self._call("emit", attempt.key, argv, _held_word("emit", attempt.key))
 
-        def parse(reply: Any) -> str:
+    def complete(
+        self,
+        attempt: Attempt,
+        envelope: Envelope,
+        inline: bytes | None,
+        *,
+        sticky: bool,
+        ttl_ms: int,
+        follow_up: NextUp | None = None,
+        wants_payloads: bool = False,
+    ) -> Call[list[Any]]:
+        """Store the result; the payloads if they are wanted. ``follow_up``: the callback.
+
+        Raises LeaseLost, and RqarmError when chunks are missing.
+        """
+
+        def parse(reply: Any) -> list[Any]:
             word, *rest = _held(attempt.key, _words("complete", reply))
             if word == "torn":
                 raise _torn(attempt.key, rest[0])
-            return str(word)
+            return [codec.unpack(packed) for packed in (rest[0] if rest and rest[0] else ())]
 
         job = self._own_job(attempt)
         argv = (attempt.token, int(sticky), ttl_ms, attempt.request.family, job, *_envelope_argv(envelope, inline))
+        if follow_up is not None:
+            argv += (*follow_up.argv, ms(self.settings.failure_ttl))
+        elif wants_payloads:
+            argv += ("",)
         return self._call("complete", attempt.key, argv, parse)
 
-    def fail(self, attempt: Attempt, error: bytes, *, failure_ttl_ms: int, negative_ms: int) -> Call[str]:
-        """``failed`` | ``already``. Raises LeaseLost."""
-        argv = (attempt.token, error, failure_ttl_ms, negative_ms)
+    def fail(
+        self,
+        attempt: Attempt,
+        error: bytes,
+        *,
+        failure_ttl_ms: int,
+        negative_ms: int,
+        reason: str = "",
+        note: bytes = b"",
+        follow_ups: Sequence[NextUp] = (),
+    ) -> Call[str]:
+        """``failed`` | ``already``. With a ``reason`` it is set aside. Raises LeaseLost."""
+        told = [argument for each in follow_ups for argument in each.argv]
+        argv = (attempt.token, error, failure_ttl_ms, negative_ms, reason, note, QUARANTINE_KEPT, *told)
         return self._call("fail", attempt.key, argv, _held_word("fail", attempt.key))
 
     def retry(self, attempt: Attempt, ticket: Ticket, *, delay_ms: int, kwargs: bytes, error: bytes) -> Call[str]:
@@ -476,12 +619,66 @@ class Calls:
         """RQ's job that ends with the attempt; "" = an RQ worker is at it and ends it."""
         return self.delivery.job_prefix + attempt.job_id if attempt.owns_job else ""
 
+    # -- follow-ups
+
+    def about(self, key: Key) -> Command[About | None]:
+        """What a follow-up is about; None when that is gone."""
+
+        def parse(reply: Any) -> About | None:
+            of, error, *result = reply
+            if of is None:
+                return None
+            return About(Key(_text(of)), _stored(Key(_text(of)), result), error or LAPSED)
+
+        argv = ("HMGET", self.keys.named("followup", key=key), "of", "error", "owner", "envelope", "bytes")
+        return Command(argv, parse)
+
+    def conclude(self, attempt: Attempt) -> Call[str]:
+        """End a follow-up that has run: ``concluded`` | ``already``. Raises LeaseLost."""
+        return self._call(
+            "conclude", attempt.key, (attempt.token, self._own_job(attempt)), _held_word("conclude", attempt.key)
+        )
+
+    def unattended(self, kind: FollowUp, below: str, limit: int) -> Command[list[tuple[Key, int]]]:
+        """Failures of which nobody has been told, newest first: keys and scores.
+
+        ``below``: "+inf", or "(" and a score.
+        """
+
+        def parse(reply: Any) -> list[tuple[Key, int]]:
+            # RESP3 answers pairs, RESP2 a flat list
+            pairs = reply if reply and isinstance(reply[0], list | tuple) else _rows(reply or [], 2)
+            return [(Key(_text(key)), int(float(score))) for key, score in pairs]
+
+        name = self.keys.named("unattended", follow_up=kind)
+        return Command(("ZREVRANGEBYSCORE", name, below, "-inf", "WITHSCORES", "LIMIT", 0, limit), parse)
+
+    def failed_request(self, key: Key) -> Command[Unattended]:
+        """What a follow-up of a failure takes over from the request."""
+
+        def parse(reply: Any) -> Unattended:
+            state, queue, priority, packed, *uri = reply
+            try:
+                request = None if packed is None else unpack_request(packed, _joined(uri))
+            except (VersionSkew, InvalidRequest):
+                request = None  # a worker of another version can read it
+            return Unattended(_text(state or b""), _text(queue or b""), Priority(int(priority or 1)), request)
+
+        fields = ("state", "queue", "priority", "request", *URI_FIELDS)
+        return Command(("HMGET", self.keys.status(key), *fields), parse)
+
+    def attend(self, key: Key, since: int, follow_up: NextUp) -> Call[str]:
+        """Tell somebody of a failure: ``attended`` | ``already``."""
+        return self._call("attend", key, (since, *follow_up.argv), _word("attend"))
+
     # -- healing
 
-    def crash(self, key: Key, token: Token | None, ticket: Ticket, *, delay_ms: int, error: bytes) -> Call[str]:
+    def crash(
+        self, key: Key, token: Token | None, ticket: Ticket, *, delay_ms: int, error: bytes, note: bytes = b""
+    ) -> Call[str]:
         """``requeued`` | ``quarantined`` | ``already`` | ``alive``. Without a token the lease must have lapsed."""
-        argv = (token or "", ticket.job_id, ticket.commands, ticket.data, delay_ms, self.settings.max_attempts, error)
-        return self._call("crash", key, argv, _word("crash"))
+        waits = (ticket.job_id, ticket.commands, ticket.data, delay_ms)
+        return self._call("crash", key, (token or "", *waits, self.settings.max_attempts, error, note), _word("crash"))
 
     def revive(self, found: Overdue, ticket: Ticket) -> Call[str]:
         """``revived`` | ``already`` | ``alive``."""
@@ -514,14 +711,49 @@ class Calls:
         argv = ("SET", self.keys.named("swept"), "1", "NX", "PX", ms(self.settings.lease / 3))
         return Command(argv, lambda reply: reply is not None and reply is not False)
 
+    # -- quarantine
+
+    def set_aside(self, limit: int | None = None) -> Command[list[Key]]:
+        """The keys of what is in quarantine, newest first."""
+        argv = ("ZREVRANGE", self.keys.named("quarantine"), 0, -1 if limit is None else limit - 1)
+        return Command(argv, lambda reply: [Key(_text(key)) for key in reply])
+
+    def entry(self, key: Key) -> Command[QuarantineEntry | State]:
+        """What is known of a request that is set aside; the state of one that is not."""
+        return Command(("HMGET", self.keys.status(key), *_ENTRY_FIELDS), lambda values: _entry(key, values))
+
+    def payloads(self, key: Key) -> Command[list[Any]]:
+        """The payloads that were submitted with a request, in no order."""
+        name = self.keys.named("callbacks", key=key)
+        return Command(("HVALS", name), lambda reply: [codec.unpack(packed) for packed in reply])
+
+    def requeue(self, entry: QuarantineEntry, ticket: Ticket, dismissal: str) -> Call[str]:
+        """``requeued`` | ``already`` | ``superseded`` | ``in_flight`` | ``ended`` | ``unknown``."""
+        argv = (entry.job_id, ticket.job_id, ticket.commands, ticket.data, dismissal)
+        return self._call("requeue", entry.key, argv, _word("requeue"))
+
+    def discard(self, entry: QuarantineEntry, dismissal: str) -> Call[str]:
+        """``discarded`` | ``superseded`` | ``in_flight`` | ``ended`` | ``unknown``."""
+        return self._call("discard", entry.key, (entry.job_id, dismissal), _word("discard"))
+
     # -- views
+
+    def outlook(self, key: Key, queue: str) -> tuple[Command[Any], ...]:
+        """What a submit looks at beside the record.
+
+        When the failure stops to answer and the lease ends, in Unix ms as text or None; the server's time in seconds
+        and microseconds; how many wait in the queue.
+        """
+        deadlines = ("HMGET", self.keys.status(key), "negative_until", "lease_until")
+        waiting = ("ZCARD", self.keys.named("pending", queue=queue))
+        return Command(deadlines, list), Command(("TIME",), tuple), Command(waiting, int)
 
     def browse(self, index: str, offset: int, limit: int) -> Call[Page]:
         """A page of an index by its full key name."""
 
         def parse(reply: Any) -> Page:
             _, total, *rows = _words("browse", reply)
-            return Page(int(total), tuple(_status(Key(_text(key)), fields) for key, fields in _rows(rows, 2)))
+            return Page(int(total), tuple(self._status(Key(_text(key)), fields) for key, fields in _rows(rows, 2)))
 
         return self._index_call("browse", index, (offset, limit), parse)
 
@@ -632,6 +864,14 @@ class Calls:
         return Command(argv, lambda reply: _entries(reply)[0][0] if reply else "0-0")
 
     # -- how a call is made
+
+    def _status(self, key: Key, packed: bytes, outcome: Outcome | None = None, value: Any = None) -> BatchStatus:
+        """The record as a status; what is completed has a URL where the manager knows one."""
+        status = _status(key, packed, outcome, value)
+        url = self.settings.result_url
+        if url is None or status.state is not State.COMPLETED:
+            return status
+        return replace(status, url=url.replace("{key}", key))
 
     def _call(self, verb: str, key: Key, argv: Sequence[Any], parse: Callable[[Any], T]) -> Call[T]:
         return Call(script(verb), (self.keys.status(key),), (self.keys.prefix, key, *argv), parse)
@@ -773,6 +1013,7 @@ def _fields(packed: bytes) -> dict[str, bytes | None]:
 def _status(key: Key, packed: bytes, outcome: Outcome | None = None, value: Any = None) -> BatchStatus:
     field = _fields(packed)
     est_ms = int(field["est_ms"] or 0)
+    fraction, message = _progress(field["progress"])
     return BatchStatus(
         key=key,
         state=_state(key, field["state"]) if field["state"] else State.UNKNOWN,
@@ -783,14 +1024,74 @@ def _status(key: Key, packed: bytes, outcome: Outcome | None = None, value: Any 
         started=_time(field["started_ms"]),
         ended=_time(field["ended_ms"]),
         estimated_time=est_ms / 1000 if est_ms else None,
-        progress=_progress(field["progress"]),
+        progress=fraction,
+        progress_message=message,
         attempts=int(field["attempts"] or 0),
         error=codec.unpack_error(field["error"] or LAPSED) if field["error"] is not None else None,
         worker=_text(field["worker"]) if field["worker"] else None,
         queue=_text(field["queue"] or b""),
-        quarantined=field["quarantined"] == b"1",
+        quarantined=field["quarantined"] is not None,
+        reason=_reason(field["quarantined"]),
         value=value,
     )
+
+
+def _reason(word: bytes | None) -> str:
+    """Why it was set aside. An earlier form knew one reason and wrote 1 for it."""
+    text = _text(word or b"")
+    return str(Reason.POISON) if text == "1" else text
+
+
+_ENTRY_FIELDS = (
+    "state", "quarantined", "request", "queue", "priority", "error", "note", "attempts", "crashes", "retries", "kwargs",
+    "submitted_ms", "started_ms", "ended_ms", "worker", "job_id", *URI_FIELDS,
+)  # fmt: skip
+
+
+def _entry(key: Key, values: list[bytes | None]) -> QuarantineEntry | State:
+    field = dict(zip(_ENTRY_FIELDS, values, strict=True))
+    state = _state(key, field["state"]) if field["state"] else State.UNKNOWN
+    if state is not State.FAILED or field["quarantined"] is None:
+        return state
+    identity = _joined(values[-len(URI_FIELDS) :])
+    _, operation, uri = [*_text(identity).split("\n", 2), "", ""][:3]
+    try:
+        request = unpack_request(field["request"] or b"", identity)
+    except (VersionSkew, InvalidRequest, CorruptResult):
+        request = None
+    error, note = codec.unpack_error(field["error"] or LAPSED), _mapping(field["note"])
+    return QuarantineEntry(
+        key=key,
+        reason=_reason(field["quarantined"]),
+        uri=uri,
+        operation=operation,
+        request=request,
+        route=str(note.get("route", "")),
+        queue=_text(field["queue"] or b""),
+        priority=Priority(int(field["priority"] or 1)),
+        exception=error["type"],
+        message=error["message"],
+        traceback=error["traceback"],
+        attempts=int(field["attempts"] or 0),
+        crashes=int(field["crashes"] or 0),
+        retries=int(field["retries"] or 0),
+        kwargs={**note.get("kwargs", {}), **_mapping(field["kwargs"])},
+        info=note.get("info", {}),
+        submitted=_time(field["submitted_ms"]),
+        started=_time(field["started_ms"]),
+        when=_time(field["ended_ms"]),
+        worker=_text(field["worker"] or b""),
+        job_id=_text(field["job_id"] or b""),
+    )
+
+
+def _mapping(packed: bytes | None) -> dict[str, Any]:
+    """What an entry can be shown without: bytes that cannot be read are left out."""
+    try:
+        found = codec.unpack(packed) if packed else {}
+    except CorruptResult:
+        found = {}
+    return found if isinstance(found, dict) else {}
 
 
 def _new_status(key: Key, request: BatchRequest, identity: Canonical, queue: str, fresh: list[int]) -> BatchStatus:
@@ -829,8 +1130,11 @@ def _torn(key: Key, missing: Any) -> RqarmError:
     return RqarmError(f"{int(missing)} pieces of the result of {key!r} are gone before its commit: write it again")
 
 
-def _progress(packed: bytes | None) -> float | None:
-    return float(json.loads(packed)["fraction"]) if packed else None
+def _progress(packed: bytes | None) -> tuple[float | None, str]:
+    if not packed:
+        return None, ""
+    told = json.loads(packed)
+    return float(told["fraction"]), str(told.get("message", ""))
 
 
 def _time(text: bytes | None) -> datetime | None:

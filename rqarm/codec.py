@@ -36,6 +36,7 @@ from enum import Enum
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
+from urllib.parse import quote
 
 import msgpack
 
@@ -54,6 +55,8 @@ MAX_BYTES = 1 << 30
 MAX_CHUNK_BYTES = 512 << 20
 #: version of the envelope's fields and of the extension types
 VERSION = 1
+#: payloads, arguments of retries and notes of quarantine: they lie in memory with every record
+MAX_ARGUMENTS_BYTES = 1 << 20
 #: bytes kept of an error's message (the head) and traceback (the tail)
 MAX_MESSAGE_BYTES = 4_096
 MAX_TRACEBACK_BYTES = 16_384
@@ -104,6 +107,21 @@ def pack(value: Any) -> bytes:
     except Exception as error:
         # a tzinfo is user code and may raise anything
         raise _blame(value, error) from error
+    return packed
+
+
+def pack_arguments(value: Any) -> bytes:
+    """As ``pack``, for what is kept in a record beside the result: payloads, arguments of a retry, notes.
+
+    Raises UnpackableResult, also above MAX_ARGUMENTS_BYTES: store large data elsewhere and pass its name.
+    """
+    packed = pack(value)
+    if len(packed) > MAX_ARGUMENTS_BYTES:
+        largest = max(value, key=lambda name: len(pack(value[name]))) if isinstance(value, dict) and value else None
+        raise UnpackableResult(
+            "$" if largest is None else f"$[{largest!r}]",
+            f"{len(packed)} bytes in all are more than {MAX_ARGUMENTS_BYTES}, store it elsewhere and pass its name",
+        )
     return packed
 
 
@@ -436,6 +454,32 @@ def _filename_fault(filename: Any) -> str:
     return ""
 
 
+#: what a quoted name may hold for every browser. Not %, which some decode, nor what ends a parameter for a poor parser
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9 !#$&'()+,.@\[\]^_`{}~-]+")
+#: attr-char of RFC 8187; the others are percent-encoded
+_ATTR_CHARS = "!#$&+-.^_`|~"
+
+
+def _disposition(kind: str, filename: str) -> str:
+    """A Content-Disposition that names the file in ASCII, and in UTF-8 beside it where ASCII cannot."""
+    # nothing of this is in a name that was stored; an envelope can be made by hand
+    name = re.sub("[\x00-\x1f\x7f-\x9f/\\\\\ud800-\udfff]", "_", filename)
+    if not name.strip("."):
+        return kind
+    if _PLAIN_NAME.fullmatch(name):
+        return f'{kind}; filename="{name}"'
+    ascii_name = "".join(map(_plain_letter, name))
+    return f"{kind}; filename=\"{ascii_name}\"; filename*=UTF-8''{quote(name, safe=_ATTR_CHARS)}"
+
+
+def _plain_letter(char: str) -> str:
+    """``e`` for an e with accents, ``_`` for what ASCII has nothing like."""
+    if unicodedata.combining(char):
+        return ""
+    letters = unicodedata.normalize("NFKD", char).encode("ascii", "ignore").decode()
+    return letters if _PLAIN_NAME.fullmatch(letters) else "_"
+
+
 def _is_file(obj: Any) -> bool:
     return callable(getattr(obj, "read", None)) and not isinstance(obj, type)
 
@@ -535,6 +579,23 @@ class Envelope:
                 f"the envelope's lengths disagree: size {self.size}, stored {self.stored}, {self.chunks} chunks of "
                 f"{self.chunk_bytes}"
             )
+
+    def headers(self, *, inline: bool = False) -> list[tuple[str, str]]:
+        """The HTTP headers with which the bytes of ``cache.open`` can be served, as WSGI takes them.
+
+        All ASCII and without line breaks, whatever the name is. ``inline``: a browser may show it instead of saving it;
+        only for types that run nothing, because the page would be one of yours. The ETag changes with the bytes.
+
+        Source: RFC 6266 (Content-Disposition), RFC 8187 (names beyond ASCII), RFC 9110 (ETag).
+        """
+        is_type = self.content_type.isascii() and not _content_type_fault(self.content_type)
+        return [
+            ("Content-Type", self.content_type if is_type else _CONTENT_TYPES["bytes"]),
+            ("Content-Length", str(self.size)),
+            ("Content-Disposition", _disposition("inline" if inline else "attachment", self.filename)),
+            ("ETag", f'"{self.checksum}-{self.size:x}"'),
+            ("X-Content-Type-Options", "nosniff"),
+        ]
 
     def length_of(self, n: int) -> int:
         """Bytes before compression in chunk n (0 = all, if inline)."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+from urllib.parse import urlsplit
 
 from rqarm.errors import ConfigError
 
@@ -54,6 +56,8 @@ class Settings:
     ignore_params: tuple[str, ...] = ()
     #: query parameters whose values never appear in descriptions and logs (fnmatch patterns)
     secret_params: tuple[str, ...] = ("*token*", "*secret*", "*password*", "*passwd*", "*api_key*", "*apikey*", "sig*")
+    #: where results are served, with {key} in it; BatchStatus.url of what is completed
+    result_url: str | None = None
     #: requests that one worker process runs at a time
     concurrency: int = 1
     #: requests after which a worker replaces the process that runs them; 0 = never
@@ -99,6 +103,9 @@ class Settings:
             if not 1 <= len(text) <= 200 or not text.isascii() or not text.isprintable() or set(text) & set(" :{}*?[]"):
                 rule = "1 to 200 printable ASCII characters without spaces and :{}*?[]"
                 raise ConfigError(f"{name} must be {rule}, not {text!r}")
+        if self.result_url is not None and (fault := _result_url_fault(self.result_url)):
+            shown = re.sub("//.*@", "//***@", str(self.result_url))
+            raise ConfigError(f"result_url must be like https://host/path/{{key}}: {fault}, not {shown!r}")
 
     @property
     def renewal_or_default(self) -> float:
@@ -124,6 +131,24 @@ class Settings:
             return cls(**chosen)
         except TypeError as error:
             raise ConfigError(f"a setting has the wrong type: {error}") from error
+
+
+def _result_url_fault(url: Any) -> str:
+    """What is wrong with a template for URLs of results; it goes to clients, so it must hold no password."""
+    if not isinstance(url, str) or not url.isascii() or not url.isprintable() or set(url) & set(' "<>\\^`|'):
+        return "ASCII text without spaces and other characters that no URL has"
+    if url.count("{key}") != 1 or set(url.replace("{key}", "")) & set("{}"):
+        return "it must hold {key} once and no other braces"
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return f"it must be a URL ({error})"
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        return "it must be absolute, http or https"
+    if "@" in parts.netloc:
+        return "it must hold no user or password"
+    return "{key} must stand behind the host" if "{" in parts.netloc else ""
 
 
 def parse_variable(variable: str, text: str, default: Any) -> Any:

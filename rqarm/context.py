@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from rqarm import codec
 from rqarm.errors import LeaseLost
 from rqarm.model import Key
 from rqarm.request import BatchRequest
@@ -26,15 +27,30 @@ class RetryLater(Exception):
     """Raised by a handler to end this attempt and be called again; made by ``Context.retry``.
 
     ``delay``: seconds until the next attempt, None = what the route's ``retry`` says. ``kwargs``: arguments that the
-    next attempt gets instead of those of this one.
+    next attempt gets instead of those of this one. Raises UnpackableResult where they are given, so that the traceback
+    shows who did.
     """
 
     def __init__(self, delay: float | None = None, kwargs: Mapping[str, Any] | None = None) -> None:
         if delay is not None and not 0 <= delay < math.inf:
             raise ValueError(f"delay must be 0 or more seconds, not {delay!r}")
+        codec.pack_arguments(dict(kwargs or {}))
         super().__init__("at once" if delay == 0 else f"after {delay:g} s" if delay else "after the route's interval")
         self.delay = delay
         self.kwargs: Mapping[str, Any] = MappingProxyType(dict(kwargs or {}))
+
+
+class SetAside(Exception):
+    """Raised by a handler to end the request and have it kept until somebody decides; made by ``Context.quarantine``.
+
+    ``info``: what else should be known. It is packed here: UnpackableResult is raised where it is given.
+    """
+
+    def __init__(self, message: str = "", info: Mapping[str, Any] | None = None) -> None:
+        self.packed_info = codec.pack_arguments(dict(info or {}))
+        super().__init__(message)
+        self.message = message
+        self.info: Mapping[str, Any] = MappingProxyType(dict(info or {}))
 
 
 class Context:
@@ -47,11 +63,13 @@ class Context:
 
     __slots__ = (
         "_clock",
+        "_emit",
         "_is_cancelled",
         "_report",
         "_reported",
         "attempt",
         "deadline",
+        "is_found",
         "key",
         "kwargs",
         "request",
@@ -72,6 +90,7 @@ class Context:
         worker: str = "",
         *,
         clock: Callable[[], float] = time.monotonic,
+        emit: Callable[[Any], object] = lambda _: None,
     ) -> None:
         self.request = request
         self.key = key
@@ -84,6 +103,9 @@ class Context:
         self._is_cancelled = is_cancelled
         self._clock = clock
         self._reported = -math.inf
+        self._emit = emit
+        #: whether the route's look-up had the value, so that the handler was not called
+        self.is_found = False
 
     @property
     def cancelled(self) -> bool:
@@ -112,10 +134,31 @@ class Context:
         self._reported = now
         self._report(float(fraction), message)
 
+    def emit(self, value: Any) -> None:
+        """An intermediate response: whoever follows the request gets it now, who comes later gets it first.
+
+        A value as a result may be one, but no bytes in pieces, no file and no ``Result``, and 1 MiB packed at the most.
+        Each is a round trip. In an ``async def`` handler it goes out beside the handler, in the order in which it was
+        emitted; all of it before the end of the attempt. The newest 1,000 (8 MiB) are kept as long as the result.
+
+        Raises UnpackableResult, EmissionTooLarge, and LeaseLost when the attempt should stop. What the server refuses
+        is logged and dropped: the computation is worth more.
+        """
+        self._emit(value)
+
     def retry(self, delay: float | None = None, **kwargs: Any) -> RetryLater:
         """The exception to raise to be called again: ``raise context.retry(delay=30, page=2)``.
 
         ``delay`` in seconds, None = what the route's ``retry`` says. ``kwargs`` replace arguments of the same name in
-        the next call; all of them are in its ``context.kwargs``. Raises ValueError for a negative delay.
+        the next call; all of them are in its ``context.kwargs``. Raises ValueError for a negative delay,
+        UnpackableResult for what cannot be stored.
         """
         return RetryLater(delay, kwargs)
+
+    def quarantine(self, message: str = "", /, **info: Any) -> SetAside:
+        """The exception to raise to set the request aside: ``raise context.quarantine("gone", status_code=410)``.
+
+        It is not tried again, and a submit does not run it, until somebody requeues or discards it. ``info`` is kept
+        with it; ``message`` can be given by name. Raises UnpackableResult for what cannot be stored.
+        """
+        return SetAside(message or str(info.pop("message", "")), info)

@@ -37,6 +37,24 @@ class KeyConflict(RqarmError):
         self.key, self.mine, self.theirs = key, mine, theirs
 
 
+class BulkError(RqarmError):
+    """Some of many requests were not taken; the others were. The first reason is ``__cause__``.
+
+    ``statuses``: one for each request in the order given, None for one that was not taken. ``errors``: why, by position
+    (the first is 0). Sending all of them again is safe: what was taken is joined.
+    """
+
+    def __init__(self, statuses: list[Any], errors: dict[int, Exception]) -> None:
+        first = min(errors)
+        count = f"{len(errors)} of {len(statuses)} requests were" if len(errors) != 1 else "1 request was"
+        super().__init__(
+            f"{count} not taken, the others were; number {first}, the first is 0: {errors[first]}; "
+            "statuses and errors say which"
+        )
+        self.statuses, self.errors = statuses, errors
+        self.__cause__ = errors[first]
+
+
 class RequestUnknown(RqarmError, LookupError):
     """No record of this key: never submitted, expired, forgotten. Submit it."""
 
@@ -111,6 +129,16 @@ class ResultTooLarge(RqarmError):
     def __init__(self, limit: int) -> None:
         super().__init__(f"the result is larger than max_result_bytes ({limit} bytes): raise it or return less")
         self.limit = limit
+
+
+class EmissionTooLarge(ResultTooLarge):
+    """What a handler emits is over the limit for one value. Nothing was stored."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        RqarmError.__init__(
+            self, f"what is emitted takes {size} bytes packed, the limit for one is {limit}: emit less, or return it"
+        )
+        self.size, self.limit = size, limit
 
 
 class UnpackableResult(RqarmError, TypeError):

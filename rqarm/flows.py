@@ -25,6 +25,7 @@ from rqarm.calls import (
     Calls,
     Command,
     Found,
+    NextUp,
     Overdue,
     Page,
     ParkingTicket,
@@ -39,6 +40,7 @@ from rqarm.calls import (
 from rqarm.config import Settings
 from rqarm.errors import (
     CorruptResult,
+    InvalidRequest,
     Quarantined,
     RequestCancelled,
     RequestFailed,
@@ -65,6 +67,7 @@ UNREADABLE_DELAY = 5.0
 PARK_DELAY = 600.0
 #: pieces of a large result that one round trip fetches
 PIECES = 8
+MAX_PAYLOAD_ID_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,8 @@ class Jobs(Protocol):
 
     def park(self, key: Key, description: str, queue: str, priority: Priority, delay: float) -> ParkingTicket: ...
 
+    def dismiss(self, job_id: str, queue: str, priority: Priority) -> str: ...
+
 
 @dataclass(frozen=True)
 class Core:
@@ -150,49 +155,52 @@ class Core:
 # -- requests
 
 
-def submit(core: Core, request: BatchRequest | str, payload: Any = None, *, again: bool = False) -> Flow[BatchStatus]:
+def submit(
+    core: Core,
+    request: BatchRequest | str,
+    payload: Any = None,
+    *,
+    payload_id: str | None = None,
+    again: bool = False,
+) -> Flow[BatchStatus]:
     """Submit; a hit carries its value when that is small. A corrupt result counts as a miss and runs again."""
-    request = as_request(request)
+    request, packed = as_request(request), pack_payload(payload, payload_id)
     try:
-        found: Found = yield _submit_call(core, request, payload, again)
+        found: Found = yield _submit_call(core, request, packed, again)
     except CorruptResult:
-        found = yield _submit_call(core, request, payload, True)
+        found = yield _submit_call(core, request, packed, True)
     return found.status
 
 
-def submit_many(core: Core, requests: Iterable[BatchRequest | str]) -> Flow[list[BatchStatus]]:
-    """All in one round trip; equal requests are sent once. The answers stand in the order of the requests.
+def _submit_call(core: Core, request: BatchRequest, payload: tuple[str, bytes] | None, again: bool) -> Call[Found]:
+    return core.calls.submit(request, core.identify(request), ticket_for(core, request), payload=payload, again=again)
 
-    A corrupt result counts as a miss and runs again.
+
+def ticket_for(core: Core, request: BatchRequest) -> Ticket:
+    """The RQ job that a submit queues when its claim wins."""
+    key = core.identify(request).key
+    return core.jobs.enqueue(key, core.describe(request), core.queue_of(request), request.priority)
+
+
+def pack_payload(payload: Any, payload_id: str | None = None) -> tuple[str, bytes] | None:
+    """A payload as it is stored: its id, by default the hash of its content, and its bytes. None: there is none.
+
+    Raises UnpackableResult, also for one that is too large, and InvalidRequest for a bad id.
     """
-    wanted = [as_request(request) for request in requests]
-    distinct = list(dict.fromkeys(wanted))
-    if not distinct:
-        return []
-    calls = tuple(_submit_call(core, request, None, False) for request in distinct)
-    answers: list[Found]
+    if payload is None:
+        if payload_id is not None:
+            raise InvalidRequest("an id of a payload needs a payload", where="payload_id")
+        return None
+    packed = codec.pack_arguments(payload)
+    if payload_id is None:
+        return hashlib.blake2b(packed, digest_size=8).hexdigest(), packed
+    if not isinstance(payload_id, str) or not 1 <= len(payload_id) <= MAX_PAYLOAD_ID_CHARS:
+        raise InvalidRequest(f"text of 1 to {MAX_PAYLOAD_ID_CHARS} characters is needed", where="payload_id")
     try:
-        answers = yield Batch(calls)
-    except CorruptResult:
-        # one by one to find which; the same calls again, so that what is new stays new
-        answers = []
-        for request, call in zip(distinct, calls, strict=True):
-            try:
-                answers.append((yield call))
-            except CorruptResult:
-                answers.append((yield _submit_call(core, request, None, True)))
-    by_request = {request: found.status for request, found in zip(distinct, answers, strict=True)}
-    return [by_request[request] for request in wanted]
-
-
-def _submit_call(core: Core, request: BatchRequest, payload: Any, again: bool) -> Call[Found]:
-    packed = None
-    if payload is not None:
-        packed_payload = codec.pack(payload)
-        packed = (hashlib.blake2b(packed_payload, digest_size=8).hexdigest(), packed_payload)
-    identity = core.identify(request)
-    ticket = core.jobs.enqueue(identity.key, core.describe(request), core.queue_of(request), request.priority)
-    return core.calls.submit(request, identity, ticket, payload=packed, again=again)
+        payload_id.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("text without lone surrogates is needed", where="payload_id") from None
+    return payload_id, packed
 
 
 def status(core: Core, key: str) -> Flow[BatchStatus]:
@@ -250,18 +258,23 @@ def get(core: Core, request: BatchRequest | str, timeout: float | None = None) -
 
 
 def get_or_submit(
-    core: Core, request: BatchRequest | str, payload: Any, *, value_only: bool = False
+    core: Core,
+    request: BatchRequest | str,
+    payload: Any,
+    *,
+    payload_id: str | None = None,
+    value_only: bool = False,
 ) -> Flow[tuple[bool, Any]]:
     """(True, value) on a hit, else (False, status). With ``value_only`` a negative answer raises."""
-    request = as_request(request)
+    request, packed = as_request(request), pack_payload(payload, payload_id)
     try:
-        found: Found = yield _submit_call(core, request, payload, False)
+        found: Found = yield _submit_call(core, request, packed, False)
         if found.stored is not None and found.stored.inline is not None:
             return True, found.status.value
         if found.stored is not None:
             return True, (yield from _value(core, found))
     except CorruptResult:
-        found = yield _submit_call(core, request, payload, True)
+        found = yield _submit_call(core, request, packed, True)
     if value_only and found.status.outcome in (Outcome.NEGATIVE, Outcome.REFUSED):
         raise _unsuccessful(found.status)
     return False, found.status
@@ -270,9 +283,13 @@ def get_or_submit(
 def _value(core: Core, found: Found) -> Flow[Any]:
     if found.status.state is not State.COMPLETED:
         raise _unsuccessful(found.status)
-    stored = found.stored
-    if stored is None:
+    if found.stored is None:
         raise RequestUnknown(found.status.key)
+    return (yield from value_of(core, found.stored))
+
+
+def value_of(core: Core, stored: Stored) -> Flow[Any]:
+    """The value of a stored result. Raises CorruptResult."""
     if stored.inline is not None:
         return stored.value()
     return codec.decode_chunks(stored.envelope, (yield from _pieces(core, stored)))
@@ -291,7 +308,7 @@ def _unsuccessful(status: BatchStatus) -> Exception:
     if status.outcome is Outcome.REFUSED:
         return Refused(status.key, status.queue)
     if status.state is State.FAILED:
-        return (Quarantined if status.quarantined else RequestFailed)(status.key, status.error)
+        return (Quarantined if status.is_blocked else RequestFailed)(status.key, status.error)
     if status.state is State.CANCELLED:
         return RequestCancelled(status.key)
     if status.state is State.UNKNOWN:
@@ -519,14 +536,33 @@ def renew(core: Core, attempt: Attempt, progress: tuple[float, str] | None = Non
     yield core.calls.renew(attempt, ms(core.settings.lease), noted)
 
 
-def finish(core: Core, attempt: Attempt, value: Any, *, sticky: bool = False, ttl: float | None = None) -> Flow[None]:
-    """Store the value and wake the waiters. ``ttl`` and ``sticky`` are the route's wishes.
+def finish(
+    core: Core,
+    attempt: Attempt,
+    value: Any,
+    *,
+    sticky: bool = False,
+    ttl: float | None = None,
+    follow_up: NextUp | None = None,
+    wants_payloads: bool = False,
+) -> Flow[list[Any]]:
+    """Store the value and wake the waiters. ``ttl`` and ``sticky`` are the route's wishes, ``follow_up`` its callback.
 
-    Raises LeaseLost, UnpackableResult, ResultTooLarge; and what an iterator of bytes raises on its way.
+    Answers the payloads if they are wanted, which is instead of a callback. Raises LeaseLost, UnpackableResult,
+    ResultTooLarge; and what an iterator of bytes raises on its way.
     """
     owner = str(attempt.token)
     envelope, inline = yield from _stage(core, attempt.key, owner, value)
-    yield core.calls.complete(attempt, envelope, inline, sticky=sticky, ttl_ms=ms(ttl or 0))
+    payloads: list[Any] = yield core.calls.complete(
+        attempt,
+        envelope,
+        inline,
+        sticky=sticky,
+        ttl_ms=ms(ttl or 0),
+        follow_up=follow_up,
+        wants_payloads=wants_payloads,
+    )
+    return payloads
 
 
 def put(core: Core, request: BatchRequest | str, value: Any) -> Flow[Key]:
@@ -555,21 +591,35 @@ def _stage(core: Core, key: Key, owner: str, value: Any) -> Flow[tuple[codec.Env
 
 
 def fail(
-    core: Core, attempt: Attempt, error: bytes, *, failure_ttl: float | None = None, negative_ttl: float | None = None
+    core: Core,
+    attempt: Attempt,
+    error: bytes,
+    *,
+    failure_ttl: float | None = None,
+    negative_ttl: float | None = None,
+    reason: str = "",
+    note: bytes = b"",
+    follow_ups: Sequence[NextUp] = (),
 ) -> Flow[None]:
-    """End the request without a result. Raises LeaseLost."""
+    """End the request without a result; with a ``reason`` (see ``Reason``) it is set aside.
+
+    ``follow_ups`` are of who is to be told. Raises LeaseLost.
+    """
     settings = core.settings
     yield core.calls.fail(
         attempt,
         error,
         failure_ttl_ms=ms(settings.failure_ttl if failure_ttl is None else failure_ttl),
         negative_ms=ms(settings.negative_ttl if negative_ttl is None else negative_ttl),
+        reason=reason,
+        note=note,
+        follow_ups=follow_ups,
     )
 
 
 def retry(core: Core, attempt: Attempt, error: bytes, *, delay: float, kwargs: dict[str, Any] | None) -> Flow[None]:
     """Run the request again after ``delay`` seconds, its claim held. Raises LeaseLost, UnpackableResult."""
-    packed = codec.pack(kwargs) if kwargs else b""
+    packed = codec.pack_arguments(kwargs) if kwargs else b""
     ticket = _ticket_again(core, attempt, delay)
     yield core.calls.retry(attempt, ticket, delay_ms=ms(delay), kwargs=packed, error=error)
 
@@ -588,11 +638,11 @@ def drop_job(core: Core, attempt: Attempt) -> Flow[None]:
         yield core.calls.drop_job(attempt)
 
 
-def crash(core: Core, attempt: Attempt, error: bytes) -> Flow[str]:
+def crash(core: Core, attempt: Attempt, error: bytes, note: bytes = b"") -> Flow[str]:
     """The process of an attempt is dead: ``requeued`` (with a delay), ``quarantined``, ``already`` or ``alive``."""
     delay = crash_delay(core, attempt.crashes)
     word: str = yield core.calls.crash(
-        attempt.key, attempt.token, _ticket_again(core, attempt, delay), delay_ms=ms(delay), error=error
+        attempt.key, attempt.token, _ticket_again(core, attempt, delay), delay_ms=ms(delay), error=error, note=note
     )
     return word
 

@@ -9,6 +9,7 @@ to Redis: the worker calls ``Match.call`` and obeys ``Route`` and ``Retry``.
 from __future__ import annotations
 
 import difflib
+import enum
 import functools
 import importlib.metadata
 import inspect
@@ -22,15 +23,15 @@ import threading
 import types
 import typing
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.message import Message
-from typing import Any, Generic, ParamSpec, TypedDict, TypeVar, Unpack
+from typing import Any, Final, Generic, ParamSpec, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import quote, unquote, unquote_to_bytes
 
 from rqarm.codec import Result
 from rqarm.context import Context
 from rqarm.errors import ConfigError, InvalidRequest, NoHandler, ResultTooLarge, RqarmError, UnpackableResult
-from rqarm.model import Priority
+from rqarm.model import OWN_OPERATION, FollowUp, Key, Priority
 from rqarm.request import BatchRequest
 
 P = ParamSpec("P")
@@ -78,6 +79,16 @@ class ResourceError(RqarmError):
         super().__init__(f"resource {name!r}: {reason}")
         self.name, self.reason = name, reason
 
+
+class _Miss(enum.Enum):
+    MISS = "MISS"
+
+    def __repr__(self) -> str:
+        return "rqarm.MISS"
+
+
+#: what a look-up returns that has no value: then the handler is called
+MISS: Final = _Miss.MISS
 
 #: a second try of these ends like the first
 _HOPELESS = (InvalidRequest, NoHandler, AppRefusal, UnpackableResult, ResultTooLarge)
@@ -138,7 +149,8 @@ class Options(TypedDict, total=False):
     priority: str | Priority | None
     estimated_time: float | None
     failure_ttl: float | None
-    negative_ttl: float | None
+    negative_ttl: float | Mapping[type[BaseException], float] | None
+    quarantine: bool
     thread_safe: bool
     max_running: int | None
     name: str | None
@@ -150,10 +162,11 @@ class Route:
 
     ``name`` tells routes apart in statistics; it is the template or operation unless given. Either ``template`` or
     ``operation`` is set; neither is for the fallback. ``ttl``, ``failure_ttl``, ``negative_ttl``: seconds that a
-    result, the record of a failure, and a failure as an answer live. ``timeout``: seconds that an attempt may take.
-    ``estimated_time``: seconds it usually takes. ``max_running``: how many requests of this route run at the same time
-    on all workers; they are counted under ``name``. ``thread_safe``: a handler that is not ``async def`` may run beside
-    others in threads (``rqarm worker --concurrency``). Raises ConfigError for values that make no sense.
+    result, the record of a failure, and a failure as an answer live; ``negative_ttl`` may say it per type of error.
+    ``quarantine``: whether a request whose last attempt raises is set aside. ``timeout``: seconds that an attempt may
+    take. ``estimated_time``: seconds it usually takes. ``max_running``: how many requests of this route run at the same
+    time on all workers; they are counted under ``name``. ``thread_safe``: a handler that is not ``async def`` may run
+    beside others in threads (``rqarm worker --concurrency``). Raises ConfigError for values that make no sense.
     """
 
     name: str
@@ -167,7 +180,8 @@ class Route:
     priority: str | Priority | None = None
     estimated_time: float | None = None
     failure_ttl: float | None = None
-    negative_ttl: float | None = None
+    negative_ttl: float | Mapping[type[BaseException], float] | None = None
+    quarantine: bool = True
     thread_safe: bool = False
     max_running: int | None = None
 
@@ -177,7 +191,9 @@ class Route:
         for option in ("timeout", "failure_ttl"):
             if getattr(self, option) is not None:
                 _check_number(option, getattr(self, option), above=0)
-        if self.negative_ttl is not None:
+        if isinstance(self.negative_ttl, Mapping):
+            object.__setattr__(self, "negative_ttl", types.MappingProxyType(_checked_ttls(self.negative_ttl)))
+        elif self.negative_ttl is not None:
             _check_number("negative_ttl", self.negative_ttl, at_least=0)
         limit = self.max_running
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
@@ -188,6 +204,13 @@ class Route:
             BatchRequest("/", **self.for_request())
         except InvalidRequest as error:
             raise ConfigError(str(error)) from error
+
+    def negative_for(self, error: BaseException) -> float | None:
+        """Seconds that this error answers the same request, None = the settings say. The closest type counts."""
+        if isinstance(self.negative_ttl, Mapping):
+            ttls = self.negative_ttl
+            return next((ttls[kind] for kind in type(error).__mro__ if kind in ttls), None)
+        return self.negative_ttl
 
     def for_request(self) -> dict[str, Any]:
         """The options that a request of this route carries; what the route leaves open is left out."""
@@ -202,6 +225,14 @@ def _check_number(what: str, value: object, *, at_least: float = -math.inf, abov
         raise ConfigError(
             f"{what} must be {f'{at_least:g} or more' if above == -math.inf else 'above 0'}, not {value!r}"
         )
+
+
+def _checked_ttls(ttls: Mapping[type[BaseException], float]) -> dict[type[BaseException], float]:
+    for kind, seconds in ttls.items():
+        if not isinstance(kind, type) or not issubclass(kind, BaseException):
+            raise ConfigError(f"negative_ttl: {kind!r} is no exception class")
+        _check_number(f"negative_ttl for {kind.__name__}", seconds, at_least=0)
+    return dict(ttls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,6 +474,17 @@ def _evaluate(function: Callable[..., Any], declared: inspect.Parameter) -> Any:
         raise ConfigError(f"parameter {declared.name!r}: the annotation cannot be read: {error}") from error
 
 
+def takes(name: str, request: BatchRequest) -> bool:
+    """Whether a route of this name, which is its template or operation, would take the request."""
+    if request.operation:
+        return request.operation == name
+    try:
+        template = _Template.compile(name)
+    except ConfigError:
+        return False
+    return template.match(_Target.of(request.canonical)) is not None
+
+
 class Handler(Generic[P, R]):
     """A function with its route. Calling it calls the function, as a unit test wants it."""
 
@@ -455,12 +497,72 @@ class Handler(Generic[P, R]):
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
         self._template = template
         self._parameters = _parameters(function, template.converters if template else {})
+        self.finder: Callable[..., Any] | None = None
+        self.hooks: dict[FollowUp, Hook] = {}
+
+    @overload
+    def callback(self, function: AnyFunction, /) -> AnyFunction: ...
+    @overload
+    def callback(
+        self, /, *, retry: Retry | None = ..., timeout: float | None = ...
+    ) -> Callable[[AnyFunction], AnyFunction]: ...
+    def callback(self, function: Any = None, /, **options: Any) -> Any:
+        """Let the decorated function be called once per completion, with the result and the payloads.
+
+        ``@route.callback`` or ``@route.callback(retry=..., timeout=...)``. It runs as an RQ job of its own, at least
+        once, and again as ``retry`` says when it raises; the result does not depend on it. ``payloads`` is the list of
+        what was submitted with ``payload=``, in no order. A parameter ``context`` gets the context. It may be ``async
+        def``. Raises ConfigError when the signature cannot be filled or there is one already.
+        """
+        return self._hook(FollowUp.CALLBACK, function, options)
+
+    @overload
+    def on_failure(self, function: AnyFunction, /) -> AnyFunction: ...
+    @overload
+    def on_failure(
+        self, /, *, retry: Retry | None = ..., timeout: float | None = ...
+    ) -> Callable[[AnyFunction], AnyFunction]: ...
+    def on_failure(self, function: Any = None, /, **options: Any) -> Any:
+        """Let the decorated function be called once per final failure, with the error and the payloads.
+
+        As ``callback``. ``error`` is a dict of ``type``, ``message`` and ``traceback``, all text.
+        """
+        return self._hook(FollowUp.FAILURE, function, options)
+
+    def _hook(self, kind: FollowUp, function: Any, options: dict[str, Any]) -> Any:
+        def register(function: AnyFunction) -> AnyFunction:
+            if kind in self.hooks:
+                raise ConfigError(
+                    f"{_name(function)}: {self.route.name} has {_name(self.hooks[kind].function)} for that"
+                )
+            self.hooks[kind] = Hook(kind, function, self.route, **options)
+            return function
+
+        return register if function is None else register(function)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"<Handler {self.route.name!r}: {_name(self.function)}>"
+
+    def lookup(self, function: AnyFunction) -> AnyFunction:
+        """Let the decorated function look for the value before the handler is called: ``@cities.lookup``.
+
+        It gets the arguments of the handler. What it returns completes the request; ``rqarm.MISS`` = it has none, call
+        the handler. It may be async; an error in it is one of the handler, and its time counts as the handler's.
+
+        Raises ConfigError when there is one already or its signature does not take the arguments.
+        """
+        if self.finder is not None:
+            raise ConfigError(f"{_name(function)}: {_name(self.finder)} is the look-up of {self.route.name!r} already")
+        try:
+            _signature(function).bind(None, None, **dict.fromkeys(self.parameters))
+        except TypeError as error:
+            takes = ", ".join(("request", "context", *self.parameters))
+            raise ConfigError(f"{_name(function)}: a look-up must take ({takes}), as its handler: {error}") from error
+        self.finder = function
+        return function
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -557,6 +659,57 @@ class Handler(Generic[P, R]):
         self._arguments(found)
 
 
+#: retries of a follow-up whose function raises, unless it says otherwise
+HOOK_RETRY = Retry(max=3, interval=(1.0, 10.0, 60.0), jitter=0.1)
+#: how many values each kind of follow-up is called with
+_GIVEN = {FollowUp.CALLBACK: 2, FollowUp.FAILURE: 2, FollowUp.QUARANTINE: 1}
+
+
+class Hook(Handler[..., Any]):
+    """A function that is called when a request has ended, with a route that says how: for how long, how often again."""
+
+    def __init__(
+        self,
+        kind: FollowUp,
+        function: Callable[..., Any],
+        of: Route,
+        *,
+        retry: Retry | None = HOOK_RETRY,
+        timeout: float | None = None,
+    ) -> None:
+        try:
+            self.takes_context = _check_hook(function, _GIVEN[kind])
+            route = Route(
+                name=f"{kind} of {of.name}",
+                operation=f"{OWN_OPERATION}{kind}",
+                retry=retry,
+                timeout=timeout,
+                failure_ttl=of.failure_ttl,
+                thread_safe=of.thread_safe,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{_name(function)}: {error}") from error
+        functools.update_wrapper(self, function)
+        self.kind, self.function, self.route = kind, function, route
+        self.is_async = inspect.iscoroutinefunction(function)
+        self.hooks = {}
+        self._template, self._parameters = None, ()
+
+
+def _check_hook(function: Callable[..., Any], given: int) -> bool:
+    """Whether the function of a follow-up takes a context beside what it is given. Raises ConfigError."""
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigError("it is a generator, of which nothing would ever run: nobody reads what it yields")
+    parameters = _signature(function).parameters
+    takes_context = "context" in list(parameters)[given:]
+    try:
+        _signature(function).bind(*range(given), **({"context": None} if takes_context else {}))
+    except TypeError as error:
+        wanted = {1: "the entry", 2: "the result or error and the payloads"}[given]
+        raise ConfigError(f"it is called with {wanted}, and `context` if it has that parameter: {error}") from error
+    return takes_context
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """The handler that takes a request, and its arguments."""
@@ -568,13 +721,52 @@ class Match:
     def route(self) -> Route:
         return self.handler.route
 
-    def call(self, request: BatchRequest, context: Context) -> Any:
-        """Call the handler: its value, or a coroutine when it is async.
+    def call(self, request: BatchRequest, context: Context, *, has_looked: bool = False) -> Any:
+        """Call the handler, behind its look-up if it has one: its value, or a coroutine when one of the two is async.
 
+        When the coroutine of a handler that is not async gives MISS, that was the look-up's: call it ``has_looked``.
         Arguments that an earlier attempt changed (``context.kwargs``) win over those of the request.
         """
         changed = {name: context.kwargs[name] for name in self.handler.parameters if name in context.kwargs}
-        return self.handler.function(request, context, **(self.kwargs | changed))
+        kwargs = self.kwargs | changed
+        if self.handler.finder is None or has_looked:
+            return self.handler.function(request, context, **kwargs)
+        found = self.handler.finder(request, context, **kwargs)
+        if self.handler.is_async or inspect.isawaitable(found):
+            return self._found_later(found, request, context, kwargs)
+        context.is_found = found is not MISS
+        return found if context.is_found else self.handler.function(request, context, **kwargs)
+
+    async def _found_later(self, found: Any, request: BatchRequest, context: Context, kwargs: dict[str, Any]) -> Any:
+        if inspect.isawaitable(found):
+            found = await found
+        context.is_found = found is not MISS
+        if context.is_found or not self.handler.is_async:
+            return found
+        return await self.handler.function(request, context, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class FollowUpMatch(Match):
+    """The function of a follow-up, and what it is given once that has been fetched.
+
+    ``about``: the request that has ended; ``of``: its key.
+    """
+
+    kind: FollowUp = FollowUp.CALLBACK
+    about: BatchRequest | None = None
+    of: Key | None = None
+    arguments: tuple[Any, ...] = ()
+
+    def given(self, of: Key, *arguments: Any) -> FollowUpMatch:
+        return replace(self, of=of, arguments=arguments)
+
+    def call(self, request: BatchRequest, context: Context, *, has_looked: bool = False) -> Any:
+        assert isinstance(self.handler, Hook)
+        if not self.handler.takes_context:
+            return self.handler.function(*self.arguments)
+        context.request, context.key = self.about or request, self.of or context.key
+        return self.handler.function(*self.arguments, context=context)
 
 
 class Handlers:
@@ -584,6 +776,7 @@ class Handlers:
         self.resources = Resources()
         self._handlers: list[Handler[..., Any]] = []
         self._fallback: Handler[..., Any] | None = None
+        self._consumer: Hook | None = None
 
     def __iter__(self) -> Iterator[Handler[..., Any]]:
         """All handlers in the order in which they are tried, the fallback last."""
@@ -626,6 +819,50 @@ class Handlers:
         self._fallback = handler
         return handler
 
+    @overload
+    def quarantine(self, function: AnyFunction, /) -> AnyFunction: ...
+    @overload
+    def quarantine(
+        self, /, *, retry: Retry | None = ..., timeout: float | None = ...
+    ) -> Callable[[AnyFunction], AnyFunction]: ...
+    def quarantine(self, function: Any = None, /, **options: Any) -> Any:
+        """Let the decorated function be called once for each request that is set aside, with its QuarantineEntry.
+
+        As ``Handler.callback``. Raises ConfigError when there is one already.
+        """
+
+        def register(function: AnyFunction) -> AnyFunction:
+            if self._consumer:
+                raise ConfigError(f"{_name(function)}: {_name(self._consumer.function)} is for the quarantine already")
+            self._consumer = Hook(FollowUp.QUARANTINE, function, Route(name="all"), **options)
+            return function
+
+        return register if function is None else register(function)
+
+    def follows(self, kind: FollowUp) -> bool:
+        """Whether anything is to be done about requests that end in this way."""
+        if kind is FollowUp.QUARANTINE:
+            return self._consumer is not None
+        return any(kind in handler.hooks for handler in self)
+
+    def handler_of(self, request: BatchRequest) -> Handler[..., Any] | None:
+        """The first handler that takes the request, whatever its arguments are; None when none does."""
+        target = _Target.of(request.canonical)
+        return next((handler for handler in self if handler._take(request, target) is not None), None)
+
+    def _follow_up(self, request: BatchRequest) -> FollowUpMatch:
+        word, _, operation = request.operation.removeprefix(OWN_OPERATION).partition(":")
+        if word not in list(FollowUp):
+            raise NoHandler(f"{request.operation!r} is none of rqarm's own operations: upgrade, or correct the request")
+        kind, hook = FollowUp(word), self._consumer
+        about = BatchRequest(request.uri, request.params, operation=operation)
+        if kind is not FollowUp.QUARANTINE:
+            handler = self.handler_of(about)
+            hook = handler.hooks.get(kind) if handler is not None else None
+        if hook is None:
+            raise NoHandler(f"no {kind} function here is for {about!r}: a worker with other handlers made its request")
+        return FollowUpMatch(hook, kind=kind, about=about)
+
     def resource(self, name: str) -> Callable[[AnyFunction], AnyFunction]:
         """Let the decorated function build ``context.resources.<name>``, once per process, on first use.
 
@@ -645,6 +882,8 @@ class Handlers:
         Raises NoHandler naming the closest routes when none does, InvalidRequest when the first one that does cannot
         be given its arguments. Neither is worth a retry.
         """
+        if request.operation.startswith(OWN_OPERATION):
+            return self._follow_up(request)
         target = _Target.of(request.canonical)
         for handler in self:
             kwargs = handler._bind(request, target)
@@ -655,8 +894,8 @@ class Handlers:
     def include(self, other: Handlers) -> None:
         """Append the routes and resources of ``other`` as they are now; what stands here already wins.
 
-        Raises ConfigError when a resource, a fallback, or a name for a different route exists twice; nothing is
-        added then.
+        Raises ConfigError when a resource, a fallback, a consumer of the quarantine, or a name for a different route
+        exists twice; nothing is added then.
         """
         if other is self:
             raise ConfigError("Handlers cannot include themselves")
@@ -666,12 +905,16 @@ class Handlers:
             raise ConfigError(
                 f"{_name(other._fallback.function)}: {_name(self._fallback.function)} is the fallback already"
             )
+        if self._consumer and other._consumer:
+            theirs, ours = _name(other._consumer.function), _name(self._consumer.function)
+            raise ConfigError(f"{theirs}: {ours} is for the quarantine already")
         for handler in other._handlers:
             self._check_name(handler, same_pattern=True)
         for name, factory in other.resources.factories.items():
             self.resources.add(name, factory)
         self._handlers += other._handlers
         self._fallback = self._fallback or other._fallback
+        self._consumer = self._consumer or other._consumer
 
     def load_plugins(self, group: str = "rqarm.handlers") -> list[str]:
         """Include the handlers of installed packages and return the names of their entry points, in order of name.
@@ -736,6 +979,8 @@ class Handlers:
             compiled = template() if template else None
             if not compiled and not operation:
                 raise ConfigError("an operation needs a name")
+            if operation.startswith(OWN_OPERATION):
+                raise ConfigError(f"names of operations that begin with {OWN_OPERATION} are for rqarm's own")
             text = compiled.text if compiled else ""
             given: dict[str, Any] = {name: value for name, value in options.items() if name != "name"}
             name = options.get("name")
@@ -852,6 +1097,11 @@ class Resources:
             if name not in built.values:
                 self._build(name, built)
             return built.values[name]
+
+    @property
+    def are_built(self) -> bool:
+        """Whether this process has built any."""
+        return bool(self._built().values)
 
     def close(self) -> None:
         """Tear down what this process has built, newest first; a later use builds anew.

@@ -17,7 +17,10 @@ PATTERNS: dict[str, str] = {
     "result": "result:{key}",
     "chunk": "chunk:{key}:{owner}:{n}",
     "callbacks": "callbacks:{key}",
+    "followup": "followup:{key}",
     "done": "done:{key}",
+    "told": "done:{key}:told",
+    "emitted": "emitted:{key}",
     "pending": "pending:{queue}",
     "load": "load:{queue}",
     "queues": "queues",
@@ -28,6 +31,7 @@ PATTERNS: dict[str, str] = {
     "failures": "failures",
     "tag": "tag:{tag}",
     "tagged": "tagged",
+    "unattended": "unattended:{follow_up}",
     "limits": "limits",
     "running": "running:{limit}",
     "called": "called:{limit}",
@@ -76,6 +80,11 @@ class Keys:
 
     def done(self, key: Key) -> str:
         return f"{self.prefix}done:{key}"
+
+    @staticmethod
+    def told(key: Key) -> Key:
+        """What a follower watches beside the key: a key cannot hold a colon, so it is nobody's."""
+        return Key(f"{key}:told")
 
     def chunk(self, key: Key, owner: str, n: int) -> str:
         return f"{self.prefix}chunk:{key}:{owner}:{n}"

@@ -7,14 +7,18 @@ from typing import Any
 
 import redis
 
-from rqarm import browse, connect, flows
+from rqarm import browse, bulk, connect, flows, following, inline
 from rqarm.browse import ClaimPage, RequestDetail, SearchPage, WorkersView
+from rqarm.bulk import Entries, Entry, OnError
 from rqarm.cache import Cache
 from rqarm.config import Settings
 from rqarm.flows import Core, Event
+from rqarm.following import FollowEvent
+from rqarm.inline import BulkResult, Compute, Mitigation, OnHits
 from rqarm.inspect import Overview, overview
 from rqarm.model import BatchStatus
-from rqarm.queue import Queues
+from rqarm.quarantine import Quarantine
+from rqarm.queue import Lease, Queues
 from rqarm.request import BatchRequest
 from rqarm.rqjobs import RqJobs
 from rqarm.shell import GIVEN, Shell
@@ -38,6 +42,8 @@ class RequestManager:
         self.cache = Cache(self.core, self.shell)
         #: the pull interface
         self.queues = Queues(self.core, self.shell)
+        #: failed requests that were set aside
+        self.quarantine = Quarantine(self.core, self.shell)
 
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> RequestManager:
@@ -49,23 +55,65 @@ class RequestManager:
         """The redis-py client, for what rqarm does not do."""
         return self.shell.client
 
-    def submit(self, request: BatchRequest | str, *, payload: Any = None) -> BatchStatus:
+    def submit(self, request: BatchRequest | str, *, payload: Any = None, payload_id: str | None = None) -> BatchStatus:
         """Answer from the cache, join what is in flight, or queue once; ``outcome`` says which. One round trip.
 
-        A str is taken as a URI. ``payload`` joins the payloads of the claim, once however often it is submitted. The
-        ``value`` of a hit is filled unless it is large (``inline_bytes``). Sending it again after a lost reply is safe.
+        A str is taken as a URI. ``payload``: for the callback of the route; it joins the payloads of the claim, and of
+        several with one ``payload_id`` (by default a hash of the content) the first counts. None: no payload. A hit has
+        no callback. The ``value`` of a hit is filled unless it is large (``inline_bytes``). Sending it again after a
+        lost reply is safe.
 
         Raises InvalidRequest, KeyConflict; redis OutOfMemoryError and ReadOnlyError when the server takes no writes.
         """
-        return self.shell.run(flows.submit(self.core, request, payload))
+        return self.shell.run(flows.submit(self.core, request, payload, payload_id=payload_id))
 
     def submit_many(self, requests: Iterable[BatchRequest | str]) -> list[BatchStatus]:
-        """Submit any number in one round trip. Equal requests are sent once; answers stand in the order given."""
-        return self.shell.run(flows.submit_many(self.core, requests))
+        """Submit many, 1,000 in a round trip. Equal requests are sent once; answers stand in the order given.
 
-    def resubmit(self, request: BatchRequest | str, *, payload: Any = None) -> BatchStatus:
+        All are checked before any is sent: InvalidRequest names the first that is wrong, and nothing was sent. Raises
+        BulkError when the server did not take some (KeyConflict, ForeignData, no memory): it has the statuses of the
+        others. When the connection fails between two round trips, send all of them again: what was taken is joined.
+        """
+        return self.shell.run(bulk.submit_many(self.core, requests))
+
+    def submit_stream(
+        self, requests: Entries, *, chunk: int = bulk.CHUNK, on_error: OnError | None = None
+    ) -> Iterator[BatchStatus]:
+        """Submit any number in bounded memory: statuses in the order given, read and sent ``chunk`` at a time.
+
+        Lazy: it submits what you iterate over, and a chunk is read in full before it is sent. ``requests``: requests,
+        URIs or (request, payload), on an event loop also from an asynchronous iterable. Equal requests of one chunk are
+        sent once. ``on_error(position, error)`` is told what was not taken, also what is no request, and the others go
+        on; without it a chunk with an error gives the statuses of its others and then raises BulkError.
+        """
+        return inline.submit_stream(self.core, self.shell, requests, chunk, on_error)
+
+    def bulk_get_or_submit(
+        self,
+        requests_with_payloads: Iterable[Entry],
+        *,
+        on_hits: OnHits | None = None,
+        mitigation: Mitigation | None = None,
+        compute: Compute | None = None,
+    ) -> BulkResult[Lease]:
+        """Values for what is cached, a submit for the rest: 1,000 in a round trip. An entry may be (request, payload).
+
+        Equal requests are sent once with all their payloads. ``on_hits`` is called once, with all hits as a tuple of
+        Hit, unless there are none; when it raises, all submits are done and the error comes out of here. Large values
+        are fetched too. An entry that is wrong stands in ``errors``, and the others are served.
+
+        ``mitigation(request)`` is asked about each new request, when all have been submitted. Those it chooses are
+        started for you, in one more round trip, and come as ``leases``, which you must finish, fail or release; where a
+        worker was faster it stays a miss. With ``compute(request)`` they are computed here, one after the other,
+        stored, and count among the hits. A ``compute`` that raises gives that request back to the workers.
+        """
+        return inline.get_or_submit(self.core, self.shell, requests_with_payloads, on_hits, mitigation, compute)
+
+    def resubmit(
+        self, request: BatchRequest | str, *, payload: Any = None, payload_id: str | None = None
+    ) -> BatchStatus:
         """Run the request again whatever is cached; what is in flight is joined. The old result goes at once."""
-        return self.shell.run(flows.submit(self.core, request, payload, again=True))
+        return self.shell.run(flows.submit(self.core, request, payload, payload_id=payload_id, again=True))
 
     def status(self, key: str) -> BatchStatus:
         """What is known of a key; state ``unknown`` when nothing is."""
@@ -95,9 +143,11 @@ class RequestManager:
         """Submit and wait: the value. Raises what ``submit`` and ``result`` raise."""
         return self.shell.run(flows.get(self.core, request, timeout))
 
-    def get_or_submit(self, request: BatchRequest | str, payload: Any = None) -> tuple[bool, Any]:
+    def get_or_submit(
+        self, request: BatchRequest | str, payload: Any = None, *, payload_id: str | None = None
+    ) -> tuple[bool, Any]:
         """(True, value) when it is cached, in the same round trip; else it is submitted: (False, status)."""
-        return self.shell.run(flows.get_or_submit(self.core, request, payload))
+        return self.shell.run(flows.get_or_submit(self.core, request, payload, payload_id=payload_id))
 
     def wait(self, keys: str | Iterable[str], timeout: float | None = None) -> list[BatchStatus]:
         """Sleep until all have ended or ``timeout`` seconds are over; the statuses in the order of the keys."""
@@ -106,6 +156,16 @@ class RequestManager:
     def as_completed(self, keys: Iterable[str], timeout: float | None = None) -> Iterator[BatchStatus]:
         """Each status as its request ends. Raises WaitTimeout when the time is over before all have."""
         return self.shell.iterate(flows.as_completed(self.core, keys, timeout))
+
+    def follow(self, request: BatchRequest | str, timeout: float | None = None) -> Iterator[FollowEvent]:
+        """What a request emits and how far it is, as it comes; last its result or its error, also as an event.
+
+        A str is taken as a key; nothing is submitted. What was emitted so far comes first, also after the end, as long
+        as the result lives. See ``FollowEvent`` for the kinds. A failure is an event, so the loop ends by itself.
+
+        Raises RequestUnknown when there is nothing to follow, WaitTimeout after ``timeout`` seconds.
+        """
+        return self.shell.iterate(following.follow(self.core, request, timeout))
 
     def cancel(self, key: str) -> bool:
         """End a request for everybody who waits for it. False when it had ended already. Raises RequestUnknown."""

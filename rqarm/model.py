@@ -53,6 +53,35 @@ class Priority(IntEnum):
     LOW = 2
 
 
+class FollowUp(StrEnum):
+    """What a request can be followed by: a request of its own that is about it."""
+
+    CALLBACK = "callback"
+    FAILURE = "failure"
+    QUARANTINE = "quarantine"
+
+
+#: how the operations of follow-ups begin; no handler of a user can be for them
+OWN_OPERATION = "rqarm:"
+
+
+class Reason(StrEnum):
+    """Why a request was set aside. Who reads a record of another version may find other words."""
+
+    #: its attempts died without a word, ``max_attempts`` times
+    POISON = "poison"
+    #: its handler asked for it
+    ASKED = "asked"
+    #: its last attempt ended in an exception
+    EXHAUSTED = "exhausted"
+    #: its result, or the arguments of a retry, cannot be stored
+    UNPACKABLE = "unpackable"
+
+
+#: the reasons after which a submit does not run the request again; lua/prelude.lua has them too, and a test compares
+BLOCKING = frozenset({Reason.POISON, Reason.ASKED})
+
+
 #: verb -> {state before: state after}; what is not listed is refused and writes nothing. A submit of what is completed
 #: moves only when it insists (resubmit) or the result is gone; ``crash`` ends in ``failed`` at its limit; ``admit``
 #: moves only when there is no place; ``put`` goes from every state to ``completed``.
@@ -67,12 +96,16 @@ TRANSITIONS: dict[str, dict[State, State]] = {
     "take": {State.PENDING: State.IN_PROGRESS},
     "admit": {State.IN_PROGRESS: State.PENDING},
     "renew": {State.IN_PROGRESS: State.IN_PROGRESS},
+    "emit": {State.IN_PROGRESS: State.IN_PROGRESS},
     "complete": {State.IN_PROGRESS: State.COMPLETED},
     "fail": {State.IN_PROGRESS: State.FAILED},
     "retry": {State.IN_PROGRESS: State.PENDING},
     "release": {State.IN_PROGRESS: State.PENDING},
+    "conclude": {State.IN_PROGRESS: State.UNKNOWN},
     "revive": {State.PENDING: State.PENDING},
     "crash": {State.IN_PROGRESS: State.PENDING},
+    "requeue": {State.FAILED: State.PENDING},
+    "discard": {State.FAILED: State.UNKNOWN},
     "cancel": {State.PENDING: State.CANCELLED, State.IN_PROGRESS: State.CANCELLED},
     "retain": {State.COMPLETED: State.COMPLETED},
     "forget": {
@@ -88,8 +121,9 @@ class BatchStatus:
     """What is known of one request at one moment.
 
     Times are aware datetimes in UTC from the server's clock. ``position``: 1 = next to start, 0 = in progress, None =
-    not asked for or not in flight. ``eta`` and ``estimated_time`` are seconds. ``error`` has type, message and
-    traceback. ``value`` is filled on a hit only, and left out of ``to_dict``.
+    not asked for or not in flight. ``eta`` and ``estimated_time`` are seconds. ``progress`` (0 to 1) and its message
+    are what the handler told last, while it runs. ``error`` has type, message and traceback. ``reason``: why it is
+    ``quarantined``, see ``Reason``; "" when it is not. ``value`` is filled on a hit only, and left out of ``to_dict``.
     """
 
     key: Key
@@ -105,12 +139,19 @@ class BatchStatus:
     eta: float | None = None
     estimated_time: float | None = None
     progress: float | None = None
+    progress_message: str = ""
     attempts: int = 0
     error: dict[str, Any] | None = None
     worker: str | None = None
     queue: str = ""
     quarantined: bool = False
+    reason: str = ""
     value: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_blocked(self) -> bool:
+        """Set aside so that a submit does not run it again: somebody must decide."""
+        return self.quarantined and self.reason in BLOCKING
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON types: times in ISO 8601, words as strings, no value."""

@@ -7,10 +7,10 @@ import socket
 import threading
 from typing import Any
 
-from rqarm import codec, flows
+from rqarm import codec, flows, following, followups
 from rqarm.calls import Attempt
 from rqarm.flows import Core
-from rqarm.model import Key, Token
+from rqarm.model import Key, Reason, Token
 from rqarm.request import BatchRequest
 from rqarm.shell import AsyncShell, Shell, same_docs
 
@@ -52,29 +52,48 @@ class Lease(_Held):
 
     def __init__(self, core: Core, shell: Shell, attempt: Attempt) -> None:
         self._core, self._shell, self._attempt = core, shell, attempt
-        self._is_ended = False
+        self._is_ended, self._emitted = False, 0
 
     def renew(self, fraction: float | None = None, message: str = "") -> None:
         """Keep the lease for another period; with a fraction (0 to 1), note the progress. Raises LeaseLost."""
         progress = None if fraction is None else (fraction, message)
         self._shell.run(flows.renew(self._core, self._attempt, progress))
 
-    def finish(self, value: Any, *, ttl: float | None = None, sticky: bool = False) -> None:
-        """Store the result and wake the waiters. ``ttl`` in seconds counts when the request does not say.
+    def emit(self, value: Any) -> None:
+        """An intermediate response, for those who follow the request. A round trip; one at a time.
 
+        Raises LeaseLost, UnpackableResult, EmissionTooLarge.
+        """
+        packed = following.pack_emission(value)
+        self._emitted += 1
+        self._shell.run(following.emit(self._core, self._attempt, self._emitted, packed))
+
+    def finish(self, value: Any, *, ttl: float | None = None, sticky: bool = False) -> list[Any]:
+        """Store the result and wake the waiters; the payloads of all who submitted the request, in no order.
+
+        What a callback would do with them is yours to do. ``ttl`` in seconds counts when the request does not say.
         Raises LeaseLost; UnpackableResult and ResultTooLarge leave the lease as it is.
         """
-        self._shell.run(flows.finish(self._core, self._attempt, value, sticky=sticky, ttl=ttl))
+        payloads = self._shell.run(followups.finish(self._core, self._attempt, value, sticky=sticky, ttl=ttl))
         self._is_ended = True
+        return payloads
 
-    def fail(self, error: BaseException | str, *, negative_ttl: float | None = None) -> None:
-        """End the request without a result; for ``negative_ttl`` seconds the error answers it. Raises LeaseLost."""
-        packed = _packed("Failed", error)
-        self._shell.run(flows.fail(self._core, self._attempt, packed, negative_ttl=negative_ttl))
+    def fail(
+        self, error: BaseException | str, *, negative_ttl: float | None = None, quarantine: bool = False, **info: Any
+    ) -> None:
+        """End the request without a result; for ``negative_ttl`` seconds the error answers it.
+
+        ``quarantine``: set it aside, with ``info``, until somebody requeues or discards it. Raises LeaseLost;
+        UnpackableResult leaves the lease as it is.
+        """
+        self._shell.run(_failing(self._core, self._attempt, error, negative_ttl, quarantine, info))
         self._is_ended = True
 
     def retry(self, error: BaseException | str, *, delay: float = 0.0, **kwargs: Any) -> None:
-        """Run the request again after ``delay`` seconds, with changed ``kwargs``. Raises LeaseLost."""
+        """Run the request again after ``delay`` seconds, with changed ``kwargs``.
+
+        Raises LeaseLost; UnpackableResult leaves the lease as it is.
+        """
         packed = _packed("Retry", error)
         self._shell.run(flows.retry(self._core, self._attempt, packed, delay=delay, kwargs=kwargs or None))
         self._is_ended = True
@@ -119,6 +138,20 @@ def _packed(name: str, error: BaseException | str) -> bytes:
     return codec.pack_error(name, error, "") if isinstance(error, str) else codec.pack_error(error)
 
 
+def _failing(
+    core: Core,
+    attempt: Attempt,
+    error: BaseException | str,
+    negative_ttl: float | None,
+    quarantine: bool,
+    info: dict[str, Any],
+) -> flows.Flow[None]:
+    packed, note, reason = _packed("Failed", error), b"", ""
+    if quarantine:
+        reason, note = Reason.ASKED, codec.pack_arguments({"kwargs": attempt.kwargs, "info": info})
+    yield from flows.fail(core, attempt, packed, negative_ttl=negative_ttl, reason=reason, note=note)
+
+
 def taker() -> str:
     """The name under which this thread takes work."""
     return f"{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}"
@@ -128,19 +161,26 @@ def taker() -> str:
 class AsyncLease(_Held):
     def __init__(self, core: Core, shell: AsyncShell, attempt: Attempt) -> None:
         self._core, self._shell, self._attempt = core, shell, attempt
-        self._is_ended = False
+        self._is_ended, self._emitted = False, 0
 
     async def renew(self, fraction: float | None = None, message: str = "") -> None:
         progress = None if fraction is None else (fraction, message)
         await self._shell.run(flows.renew(self._core, self._attempt, progress))
 
-    async def finish(self, value: Any, *, ttl: float | None = None, sticky: bool = False) -> None:
-        await self._shell.run(flows.finish(self._core, self._attempt, value, sticky=sticky, ttl=ttl))
-        self._is_ended = True
+    async def emit(self, value: Any) -> None:
+        packed = following.pack_emission(value)
+        self._emitted += 1
+        await self._shell.run(following.emit(self._core, self._attempt, self._emitted, packed))
 
-    async def fail(self, error: BaseException | str, *, negative_ttl: float | None = None) -> None:
-        packed = _packed("Failed", error)
-        await self._shell.run(flows.fail(self._core, self._attempt, packed, negative_ttl=negative_ttl))
+    async def finish(self, value: Any, *, ttl: float | None = None, sticky: bool = False) -> list[Any]:
+        payloads = await self._shell.run(followups.finish(self._core, self._attempt, value, sticky=sticky, ttl=ttl))
+        self._is_ended = True
+        return payloads
+
+    async def fail(
+        self, error: BaseException | str, *, negative_ttl: float | None = None, quarantine: bool = False, **info: Any
+    ) -> None:
+        await self._shell.run(_failing(self._core, self._attempt, error, negative_ttl, quarantine, info))
         self._is_ended = True
 
     async def retry(self, error: BaseException | str, *, delay: float = 0.0, **kwargs: Any) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from redis import Redis
 from rq import Queue, Worker
 from rq.job import Job
+from rq.results import Result as RqResult
 from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
 from rq.suspension import WORKERS_SUSPENDED
@@ -70,16 +71,8 @@ _EXPECTED = {
     "front": ["SADD", "HSET", "HSET", "LPUSH"],
     "schedule": ["SADD", "HSET", "HSET", "ZADD"],
     "recall": ["SADD", "HSET", "HSET", "LPUSH", "ZREM"],
+    "dismiss": ["ZREM", "DEL"],
 }
-
-
-def call_of(job: Job) -> tuple[str, Key]:
-    """The namespace and the key that a job of ours is for. Raises ValueError when it is not one of ours.
-
-    Jobs of an earlier form carry the key as a second argument.
-    """
-    namespace, *given = job.args
-    return namespace, Key(given[0]) if given else key_of(job.id)
 
 
 def key_of(job_id: str) -> Key:
@@ -132,6 +125,7 @@ class RqJobs:
         #: of RQ's lists
         self.list_prefix: str = Queue.redis_queue_namespace_prefix
         self._templates: dict[tuple[str, str], _Template] = {}
+        self._dismissals: dict[str, str] = {}
 
     def lists(self, queue: str) -> tuple[str, str, str]:
         """The names of RQ's lists of the queue, by priority."""
@@ -163,6 +157,15 @@ class RqJobs:
         recall = self._ticket("recall", key, description, queue, priority, job_id=ticket.job_id)
         return ParkingTicket(ticket.job_id, ticket.commands, ticket.data, recall.commands)
 
+    def dismiss(self, job_id: str, queue: str, priority: Priority) -> str:
+        """RQ's commands that delete a failed job, as JSON: out of the registry, then the job with its results."""
+        name = queue + SUFFIXES[priority]
+        recorded = self._dismissals.get(name)
+        if recorded is None:
+            commands = [[argument.decode() for argument in command] for command in self._record("dismiss", name)]
+            recorded = self._dismissals[name] = json.dumps(commands)
+        return recorded.replace(_ID, job_id)
+
     def _ticket(
         self,
         how: str,
@@ -193,7 +196,11 @@ class RqJobs:
             result_ttl=RESULT_TTL,
             failure_ttl=int(self.settings.failure_ttl),
         )
-        if how == "schedule":
+        if how == "dismiss":
+            # Job.delete reads which registry the job is in, and its executions: a failed one has none
+            queue.failed_job_registry.remove(job, pipeline=pipeline)
+            pipeline.delete(job.key, job.dependents_key, job.dependencies_key, RqResult.get_key(job.id))
+        elif how == "schedule":
             queue.schedule_job(job, datetime.now(UTC) + timedelta(hours=1), pipeline=pipeline)
         else:
             queue.enqueue_job(job, pipeline=pipeline, at_front=how != "enqueue")

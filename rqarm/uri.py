@@ -48,7 +48,7 @@ from operator import itemgetter
 import idna
 
 from rqarm.errors import InvalidRequest
-from rqarm.model import Key
+from rqarm.model import OWN_OPERATION, Key
 
 #: of the rules; it starts the hash input, so later rules cannot alias old keys
 VERSION = 1
@@ -56,6 +56,8 @@ VERSION = 1
 MAX_CHARS = 8_192
 MAX_PARAMS = 1_000
 MAX_OPERATION_CHARS = 200
+#: so much longer is that of a follow-up, which holds the operation that it is about
+MAX_OWN_PREFIX_CHARS = 30
 #: characters of a family
 MAX_FAMILY_CHARS = 100
 #: integers above this size must be given as text: Python's own limit for writing them out can be moved
@@ -696,7 +698,8 @@ def _check_operation(operation: str) -> str:
     operation = _exact(operation, "operation")
     if not operation:
         return ""
-    if len(operation) > MAX_OPERATION_CHARS:
+    reserved = MAX_OWN_PREFIX_CHARS if operation.startswith(OWN_OPERATION) else 0
+    if len(operation) > MAX_OPERATION_CHARS + reserved:
         reason = f"{len(operation):,} characters, at most {MAX_OPERATION_CHARS} are allowed"
         raise InvalidRequest(reason, where="operation")
     if not _OPERATION.fullmatch(operation) or operation[0] == " " or operation[-1] == " ":

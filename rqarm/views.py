@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rqarm.calls import Found
+from rqarm.calls import Batch, Found
 from rqarm.flows import Core, Flow
 from rqarm.model import Key, Outcome, State
 from rqarm.request import BatchRequest, as_request
@@ -48,7 +48,8 @@ def explain(core: Core, request: BatchRequest | str) -> Flow[Explanation]:
         ignore_params=core.settings.ignore_params,
         explain=True,
     ).steps
-    found: Found = yield core.calls.read(identity.key, with_value=True)
+    record = core.calls.read(identity.key, with_value=True)
+    found, *outlook = yield Batch((record, *core.calls.outlook(identity.key, core.queue_of(request))))
     return Explanation(
         uri=request.uri,
         canonical=identity.uri,
@@ -56,14 +57,21 @@ def explain(core: Core, request: BatchRequest | str) -> Flow[Explanation]:
         key=identity.key,
         steps=steps,
         state=found.status.state,
-        would=_would(found),
+        would=_would(core, found, *outlook),
     )
 
 
-def _would(found: Found) -> Outcome:
-    status = found.status
-    if status.state.in_flight:
+def _would(core: Core, found: Found, deadlines: list[bytes | None], time: tuple[int, int], waiting: int) -> Outcome:
+    """What lua/submit.lua would say, but that it looks for the ticket of what is pending, too."""
+    status, now_ms = found.status, int(time[0]) * 1000 + int(time[1]) // 1000
+    negative_until, lease_until = (int(deadline or 0) for deadline in deadlines)
+    if status.state is State.PENDING or (status.state is State.IN_PROGRESS and lease_until > now_ms):
         return Outcome.JOINED
+    if status.state is State.IN_PROGRESS:
+        return Outcome.NEW
     if status.state is State.COMPLETED and found.stored is not None:
         return Outcome.HIT
-    return Outcome.NEGATIVE if status.quarantined else Outcome.NEW
+    if status.state is State.FAILED and (status.is_blocked or negative_until > now_ms):
+        return Outcome.NEGATIVE
+    is_full = 0 < core.settings.max_pending <= waiting
+    return Outcome.REFUSED if is_full else Outcome.NEW

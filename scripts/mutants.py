@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
     "tests/test_transitions.py", "tests/test_limits.py", "tests/test_model.py", "tests/test_execution.py",
-    "tests/test_waiting.py",
+    "tests/test_waiting.py", "tests/test_browse.py",
 ]  # fmt: skip
 HELD = "if claim.state ~= 'in_progress' or claim.token ~= token then"
 NOT_FENCED = "if claim.state ~= 'in_progress' then"
@@ -37,6 +37,13 @@ class Mutant:
 MUTANTS = [
     Mutant("complete-without-token", "lua/complete.lua", HELD, NOT_FENCED),
     Mutant("fail-without-token", "lua/fail.lua", HELD, NOT_FENCED),
+    Mutant("emit-without-token", "lua/emit.lua", HELD, NOT_FENCED),
+    Mutant("emit-twice-is-kept-twice", "lua/emit.lua", "if number < first + count then", "if false then"),
+    Mutant("emit-keeps-everything", "lua/emit.lua", "while count > 1 and", "while false and"),
+    Mutant("emit-with-a-gap", "lua/emit.lua", "count > 0 and number == first + count", "count > 0"),
+    Mutant("emit-wakes-nobody", "lua/emit.lua", "redis.call('PUBLISH', told_name(key), 'emit')\n", ""),
+    Mutant("emissions-of-a-dead-attempt", "lua/prelude.lua", "  withdraw_emissions(key)\n  replay", "  replay"),
+    Mutant("emissions-of-a-dead-claim", "lua/prelude.lua", "if not owner or owner ~= token then", "if not owner then"),
     Mutant("renew-without-token", "lua/renew.lua", HELD, NOT_FENCED),
     Mutant("retry-without-token", "lua/retry.lua", HELD, NOT_FENCED),
     Mutant("release-without-token", "lua/release.lua", HELD, NOT_FENCED),
@@ -49,6 +56,13 @@ MUTANTS = [
     ),
     Mutant("start-runs-what-runs", "lua/start.lua", "elseif state == 'pending' and", "elseif state ~= 'completed' and"),
     Mutant("start-forgets-its-exec", "lua/start.lua", "claim.exec == exec", "false"),
+    Mutant("start-leaves-its-own-ticket", "lua/start.lua", "if list ~= '' and", "if false and"),
+    Mutant(
+        "start-of-ones-own-starts-anew",
+        "lua/start.lua",
+        "claim.job_id == job_id and list == ''",
+        "claim.job_id == job_id",
+    ),
     Mutant("start-keeps-a-ttl", "lua/prelude.lua", "  redis.call('PERSIST', status)\n", ""),
     Mutant("no-crash-limit", "lua/crash.lua", "if crashes >= max_attempts then", "if false then"),
     Mutant("submit-without-crash-limit", "lua/submit.lua", "strikes + 1 >= max_attempts", "false"),
@@ -67,15 +81,15 @@ MUTANTS = [
     Mutant(
         "complete-keeps-the-lease",
         "lua/prelude.lua",
-        "vacate(key, fields.limit) end\n  redis.call('ZREM', leases_name(), key)\n  redis.call('HDEL'",
-        "vacate(key, fields.limit) end\n  redis.call('HDEL'",
+        "vacate(key, fields.limit) end\n  redis.call('ZREM', leases_name(), key)\nend",
+        "vacate(key, fields.limit) end\nend",
     ),
     Mutant("no-wake-up", "lua/prelude.lua", "  wake(key, 'completed')\n", ""),
     Mutant("commit-of-a-torn-result", "lua/complete.lua", "if missing > 0 then", "if false then"),
     Mutant(
         "chunks-keep-their-short-life",
         "lua/prelude.lua",
-        "do expire_at(chunk_name(key, stored[1], n), deadline_ms) end",
+        "do expire_at(chunk_name(key, owner, n), deadline_ms) end",
         "do end",
     ),
     Mutant(
@@ -85,8 +99,8 @@ MUTANTS = [
     Mutant(
         "sticky-gets-a-ttl",
         "lua/prelude.lua",
-        "set_deadline(key, not sticky and now_ms + ttl_ms or nil)",
-        "set_deadline(key, now_ms + ttl_ms)",
+        "expire_together(key, owner, chunks, not sticky and now_ms + ttl_ms or nil)",
+        "expire_together(key, owner, chunks, now_ms + ttl_ms)",
     ),
     Mutant(
         "submit-joins-a-lapsed-lease",
@@ -119,8 +133,8 @@ MUTANTS = [
     Mutant(
         "cancel-leaves-the-line",
         "lua/prelude.lua",
-        "local function land(key, fields)\n  leave_line(key, fields)\n",
-        "local function land(key, fields)\n",
+        "local function make_room(key, fields)\n  leave_line(key, fields)\n",
+        "local function make_room(key, fields)\n",
     ),
     Mutant(
         "load-is-never-given-back",
@@ -157,9 +171,8 @@ MUTANTS = [
     Mutant(
         "an-end-keeps-its-place",
         "lua/prelude.lua",
-        "  if fields.limit then vacate(key, fields.limit) end\n"
-        "  redis.call('ZREM', leases_name(), key)\n  redis.call('HDEL'",
-        "  redis.call('ZREM', leases_name(), key)\n  redis.call('HDEL'",
+        "  if fields.limit then vacate(key, fields.limit) end\n  redis.call('ZREM', leases_name(), key)\nend",
+        "  redis.call('ZREM', leases_name(), key)\nend",
     ),
     Mutant(
         "a-retry-keeps-its-place",
@@ -196,8 +209,8 @@ MUTANTS = [
     Mutant(
         "take-swallows-foreign-jobs",
         "lua/take.lua",
-        "if not claim.state and is_job and not is_ours(job_id)",
-        "if false",
+        "redis.call('EXISTS', job_prefix .. job_id) == 1 and not is_ours(job_id)",
+        "false",
     ),
     Mutant("take-stops-at-foreign-records", "lua/take.lua", "if values.err then return nil, job_id end\n", ""),
     Mutant("a-suspended-worker-takes", "lua/take.lua", "redis.call('EXISTS', suspended) == 1", "false"),
@@ -209,12 +222,79 @@ MUTANTS = [
         "false",
     ),
     Mutant("take-leaves-the-jobs-of-old-tickets", "lua/take.lua", "if not is_running and not", "if false and not"),
-    Mutant("take-starts-two-for-one-execution", "lua/take.lua", "if last_exec == exec and", "if false and"),
+    Mutant("take-starts-two-for-one-execution", "lua/take.lua", "if last_exec == exec then", "if false then"),
     *(
         Mutant(f"{verb}-leaves-its-job", f"lua/{verb}.lua", "if job ~= '' then redis.call('UNLINK', job) end\n", "")
-        for verb in ("complete", "retry", "release")
+        for verb in ("retry", "release")
     ),
-    Mutant("waiter-reads-before-it-listens", "flows.py", "    yield Watch(tuple(waiting))\n", ""),
+    Mutant("complete-leaves-its-job", "lua/complete.lua", "unpack(job ~= '' and {job} or {})", "unpack({})"),
+    Mutant(
+        "search-finds-what-has-moved-on",
+        "lua/search.lua",
+        "if kind and not belongs(kind",
+        "if false and not belongs(kind",
+    ),
+    Mutant("search-looks-without-bound", "lua/search.lua", "found >= limit or looked_at >= most", "found >= limit"),
+    Mutant(
+        "search-trusts-the-rank",
+        "lua/prelude.lua",
+        "if redis.call('ZSCORE', index, member) == score then",
+        "if true then",
+    ),
+    Mutant(
+        "search-skips-when-its-last-is-gone",
+        "lua/prelude.lua",
+        "return redis.call('ZCOUNT', index, '(' .. score, '+inf') end",
+        "return redis.call('ZCARD', index) end",
+    ),
+    Mutant(
+        "search-tells-secrets",
+        "browse.py",
+        "shown = redact(entry.uri, core.settings.secret_params).lower()",
+        "shown = entry.uri.lower()",
+    ),
+    Mutant(
+        "a-route-is-any-beginning",
+        "lua/prelude.lua",
+        "return stop and (stop == #uri + 1 or string.find(uri, '^[/?#:]', stop) ~= nil) or false",
+        "return stop ~= nil",
+    ),
+    Mutant(
+        "retain-leaves-the-pieces",
+        "lua/retain.lua",
+        "set_deadline(key, ttl_ms > 0 and now_ms + ttl_ms or nil)",
+        "expire_together(key, '', 0, ttl_ms > 0 and now_ms + ttl_ms or nil)",
+    ),
+    Mutant("retain-where-nothing-is", "lua/retain.lua", " or redis.call('EXISTS', result_name(key)) == 0", ""),
+    Mutant("invalidate-by-old-tags", "lua/invalidate.lua", "if not has_tag(fields.tags, tag) then", "if false then"),
+    Mutant(
+        "invalidate-drops-what-runs",
+        "lua/invalidate.lua",
+        "elseif fields.state == 'completed' then",
+        "elseif true then",
+    ),
+    Mutant("tags-grow-for-ever", "lua/prelude.lua", "redis.call('ZRANGE', tagged_name(), 0, 1)", "{}"),
+    Mutant("put-keeps-old-tags", "lua/put.lua", "if claim.state then redis.call('HDEL', status, 'tags') end\n", ""),
+    Mutant(
+        "clear-without-its-route",
+        "lua/clear.lua",
+        "return route == '' or is_on_route(uri_of(fields), route, pattern)",
+        "return true",
+    ),
+    Mutant(
+        "clear-temporary-takes-sticky-ones",
+        "lua/clear.lua",
+        "redis.call('ZCOUNT', results, '-inf', to) - rank",
+        "redis.call('ZCARD', results) - rank",
+    ),
+    Mutant(
+        "failures-without-bound",
+        "lua/prelude.lua",
+        "  redis.pcall('ZREMRANGEBYRANK', failures_name(), 0, -FAILURES_KEPT - 1)\n",
+        "",
+    ),
+    Mutant("inspect-looks-at-the-end-only", "lua/inspect.lua", "if time ~= '' then note", "if false then note"),
+    Mutant("waiter-reads-before-it-listens", "flows.py", "    else:\n        yield Watch(tuple(waiting))\n", ""),
     Mutant(
         "waiter-trusts-the-wake-up",
         "flows.py",

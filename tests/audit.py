@@ -25,7 +25,7 @@ STRIDE = 2.5e15
 RADIX = 128
 IN_FLIGHT = ("pending", "in_progress")
 #: keys of ours that may carry a TTL: a result and its record, and the throttle of the sweep
-MAY_EXPIRE = ("status:", "result:", "chunk:", "callbacks:", "swept")
+MAY_EXPIRE = ("status:", "result:", "chunk:", "callbacks:", "followup:", "emitted:", "swept")
 RQ_LIST = "rq:queue:"
 TICKET = re.compile(r"^(?P<key>[A-Za-z0-9_-]+)-[0-9a-f]{8}$")
 
@@ -55,6 +55,7 @@ class _Audit:
         self._loads()
         self._results()
         self._quarantine()
+        self._emissions()
         self._tickets()
         self._limits()
         self._views()
@@ -84,7 +85,7 @@ class _Audit:
                 own = name.removeprefix(self.keys.prefix)
                 self._check(own.startswith(MAY_EXPIRE), f"{name} has a TTL")
         for key in self._in_state(*IN_FLIGHT):
-            for kind in ("status", "callbacks"):
+            for kind in ("status", "callbacks", "followup", "emitted"):
                 expires = self._expiry(kind, key=key)
                 self._check(expires in (-1, None), f"{kind} of {key} in flight has a TTL")
 
@@ -137,6 +138,9 @@ class _Audit:
         index, sizes = self._zset("results"), self._zset("sizes")
         prefix = self.keys.named("result", key="")
         results = {n.removeprefix(prefix): entry for n, entry in self.stored.items() if n.startswith(prefix)}
+        # by callbacks that have not run yet
+        prefix = self.keys.named("followup", key="")
+        needed = {entry[1].get(b"of", b"").decode() for n, entry in self.stored.items() if n.startswith(prefix)}
         for key, (_, value, expires) in results.items():
             fields = _texts(value)
             record = self.records.get(key, {})
@@ -147,7 +151,8 @@ class _Audit:
             self._check(sticky == (expires < 0), f"{key}: sticky is {sticky}, it expires at {expires}")
             for n in range(int(fields.get("chunks", 0))):
                 chunk = self._expiry("chunk", key=key, owner=fields["owner"], n=str(n))
-                self._check(chunk == expires, f"{key}: chunk {n} expires at {chunk}, the result at {expires}")
+                is_right = chunk == expires or (chunk is not None and key in needed and chunk > expires)
+                self._check(is_right, f"{key}: chunk {n} expires at {chunk}, the result at {expires}")
         for key, due_ms in index.items():
             if key not in results and due_ms > self.now_ms:
                 state = self.records.get(key, {}).get("state", "unknown")
@@ -156,21 +161,44 @@ class _Audit:
         counted = int((self._value("stats", family="cache") or {}).get(b"bytes", 0))
         self._check(counted == sum(sizes.values()), f"{counted} bytes are counted, {sum(sizes.values())} are stored")
 
+    def _emissions(self) -> None:
+        prefix = self.keys.named("emitted", key="")
+        for name, (_, items, expires) in self.stored.items():
+            if not name.startswith(prefix):
+                continue
+            key, (head, *values) = name.removeprefix(prefix), items
+            token, first, size = (int(part) for part in head.split(b":"))
+            record = self.records.get(key, {})
+            self._check(record.get("emitted") == str(token), f"{key}: its record does not know what {token} emitted")
+            running = record.get("token")
+            self._check(running in (None, str(token)), f"{key}: {token} emitted and {running} runs")
+            self._check(values and first >= 1, f"{key}: nothing is left of what it emitted")
+            self._check(size == sum(map(len, values)), f"{key}: {size} bytes are noted, what it emitted has others")
+            life = self._expiry("status", key=key)
+            self._check(life is None or expires == life, f"{key}: record and emissions expire apart")
+        for key in self._in_state("pending"):
+            self._check("emitted" not in self.records[key], f"{key} is pending and still has what an attempt emitted")
+
     def _quarantine(self) -> None:
-        aside = {key for key, record in self._in_state("failed").items() if record.get("quarantined") == "1"}
+        aside = {key for key, record in self._in_state("failed").items() if "quarantined" in record}
         index = self._zset("quarantine")
         self._check(index.keys() == aside, f"quarantine {sorted(index)}, records say {sorted(aside)}")
         for key, record in self.records.items():
-            marked = record.get("quarantined") == "1"
+            marked = bool({"quarantined", "note"} & record.keys())
             self._check(not marked or record.get("state") == "failed", f"{key} is marked as quarantined")
         for key in aside:
             self._check(self._expiry("status", key=key) == -1, f"{key} is quarantined and expires")
+            payloads = self._expiry("callbacks", key=key)
+            self._check(payloads in (None, -1), f"{key} is quarantined and its payloads expire")
+        for kind in ("failure", "quarantine"):
+            waiting = self._zset("unattended", follow_up=kind).keys()
+            self._check(waiting <= aside, f"unattended {sorted(waiting)}, quarantined {sorted(aside)}")
 
     def _views(self) -> None:
         """The indexes that only views and invalidations read hold all that they must; they may hold more."""
         failures = self._zset("failures")
         for key, record in self._in_state("failed", "cancelled").items():
-            listed = key in failures or record.get("quarantined") == "1"
+            listed = key in failures or "quarantined" in record
             self._check(listed, f"{key} is {record['state']} and not among the failures")
         for key, record in self.records.items():
             tags = record.get("tags", "")

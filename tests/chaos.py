@@ -407,8 +407,8 @@ class Stage:
         late = [key for key, attempts in last.items() if self.rm.result(key)[1] != attempts]
         self.check(not late, f"the result is that of an attempt that was superseded: {late}")
         self.check(
-            stats.quarantined + stats.executions.get("failed", 0) == failed,
-            f"{stats.quarantined} quarantined, {stats.executions.get('failed', 0)} failed, together not {failed}",
+            stats.quarantined == failed,
+            f"{stats.quarantined} set aside, not {failed}; {stats.executions.get('failed', 0)} ended in an exception",
         )
         numbers = {"revived": stats.executions.get("revived", 0), "released": stats.executions.get("released", 0)}
         self.report.numbers |= numbers
@@ -612,7 +612,7 @@ class Poison:
     """``told``: what the stored reason must tell. ``attempts``: how often it runs before it is given up."""
 
     uri: str
-    quarantined: bool
+    is_blocked: bool
     told: tuple[str, ...]
     attempts: int
 
@@ -655,8 +655,8 @@ def poison(directory: Path, seed: int, count: int, distinct: int = 500) -> Repor
 def _is_judged(show: Stage, dose: Poison, status: BatchStatus) -> None:
     error = str(status.error)
     show.check(
-        status.state is State.FAILED and status.quarantined == dose.quarantined,
-        f"{dose.uri} is {status.state}, quarantined: {status.quarantined}, {error}",
+        status.state is State.FAILED and status.quarantined and status.is_blocked == dose.is_blocked,
+        f"{dose.uri} is {status.state}, set aside: {status.reason}, {error}",
     )
     for word in dose.told:
         show.check(word in error, f"the reason of {dose.uri} does not tell {word!r}: {error}")

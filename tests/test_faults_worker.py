@@ -34,13 +34,6 @@ SEED = 20
 KILLS = 20
 
 
-@pytest.fixture(scope="module")
-def home() -> Iterator[embedded.PrivateServer]:
-    """One server for all tests that do it no harm."""
-    with servers.throwaway(servers.VALKEY or servers.REDIS) as server:
-        yield server
-
-
 @pytest.fixture
 def team(home: embedded.PrivateServer, tmp_path: Any) -> Iterator[Crew]:
     with crew(home.url, tmp_path, crash_delay=0) as hired:

@@ -41,13 +41,6 @@ LANES = 20
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def home() -> Iterator[embedded.PrivateServer]:
-    """One server for all crews of this module."""
-    with servers.throwaway(servers.VALKEY or servers.REDIS) as server:
-        yield server
-
-
 @pytest.fixture
 def team(home: embedded.PrivateServer, tmp_path: Path) -> Iterator[Crew]:
     """A crew of this test alone; it hires whom it needs."""
@@ -538,7 +531,8 @@ def test_a_stopping_worker_takes_nothing_more_although_its_scheduler_is_slow_to_
     for pid in schedulers:
         os.kill(pid, signal.SIGCONT)
     assert worker.wait() == 0
-    assert team.rm.status(waiting).state is State.PENDING
+    status = team.rm.status(waiting)
+    assert (status.state, status.attempts) == (State.PENDING, 0)
 
 
 # -- leases
@@ -657,24 +651,12 @@ def test_who_overruns_fails_alone(lanes: Crew, kind: str) -> None:
     assert lanes.rm.get(f"/pid/{kind}", timeout=20) == horse
 
 
-def shown(team: Crew, key: str) -> Job:
-    """RQ's job of a running request, once RQ's tools show it."""
-    job = team.job(key)
-
-    def is_started() -> bool:
-        job.refresh()
-        return job.worker_name is not None
-
-    eventually(is_started)
-    return job
-
-
 def by_cancel(team: Crew, key: str) -> None:
     assert team.rm.cancel(key)
 
 
 def by_command(team: Crew, key: str) -> None:
-    send_stop_job_command(team.rm.connection, shown(team, key).id, serializer=JSONSerializer)
+    send_stop_job_command(team.rm.connection, team.shown(key).id, serializer=JSONSerializer)
 
 
 @pytest.mark.parametrize("stop", [by_cancel, by_command])
@@ -741,7 +723,7 @@ def test_who_hears_nothing_is_killed_with_its_process_and_fails_alone(team: Crew
     horse, beside = neighbours(team)
     key = team.rm.submit(f"/{kind}/x").key
     (status,) = team.settle(key)
-    assert (status.state, status.attempts, status.quarantined) == (State.FAILED, 1, False)
+    assert (status.state, status.attempts, status.reason) == (State.FAILED, 1, "exhausted")
     assert status.error is not None
     assert "TimeLimit" in status.error["type"]
     eventually(lambda: not is_alive(horse))

@@ -174,12 +174,6 @@ def test_logging_that_fails_does_not_log_itself(told: list[str]) -> None:
 # -- a worker
 
 
-@pytest.fixture(scope="module")
-def home() -> Iterator[embedded.PrivateServer]:
-    with servers.throwaway(servers.VALKEY or servers.REDIS) as server:
-        yield server
-
-
 @pytest.fixture
 def handlers(tmp_path: Path) -> str:
     path = tmp_path / "noisy.py"

@@ -328,6 +328,27 @@ def test_each_request_of_a_batch_keeps_its_options(rm: Any, redis_client: redis.
     assert [take(rm).request.uri for _ in line] == line
 
 
+# -- where results are served
+
+
+def test_what_is_completed_has_a_url_and_nothing_else(opened: Callable[..., Any], rm: Any) -> None:
+    with opened(result_url="https://api.example/batch/{key}/result") as told:
+        status = told.submit(URI)
+        key, url = status.key, f"https://api.example/batch/{status.key}/result"
+        assert status.url is told.submit(URI).url is told.status(key).url is None
+        assert [each.url for each in told.queue()] == [None]
+        lease = take(told)
+        assert told.full_status(key).url is None
+        lease.finish(1)
+        assert [told.submit(URI).url, told.status(key).url, told.full_status(key).url] == [url] * 3
+        assert [status.url for status in told.wait([key])] == [url]
+        assert [status.url for status in told.cache.list()] == [url]
+        assert told.status(key).to_dict()["url"] == url
+        assert told.status(fail(told, "/failed")).url is None
+        # it is the manager's, not the record's
+        assert rm.status(key).url is None
+
+
 # -- looking
 
 

@@ -22,7 +22,7 @@ from servers import eventually
 from test_inspect import look
 from workers import APP, PATIENCE
 
-from rqarm import BatchRequest, embedded, inspect, metrics
+from rqarm import BatchRequest, __version__, embedded, inspect, metrics
 from rqarm.inspect import Overview
 
 ROOT = Path(__file__).parent.parent
@@ -196,6 +196,8 @@ def test_a_worker_answers_prometheus(home: embedded.PrivateServer, tmp_path: Pat
             return code == 200 and parsed(text)["rqarm_workers"].samples[0].value
 
         eventually(lambda: workers() == count, PATIENCE)
+        families = parsed(scraped(running)[1])
+        assert values(families["rqarm_workers_by_version"], "version") == {__version__: count}
         assert scraped(running, "/healthz") == (200, "ok\n")
         assert scraped(running, "/other")[0] == 404
         # of two workers only their supervisor has a port

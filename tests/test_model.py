@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -32,13 +32,13 @@ from hypothesis.stateful import (
 )
 
 from rqarm import browse, connect, embedded, flows
-from rqarm.calls import Attempt, Call, Command, Overdue, Ticket
-from rqarm.model import Key, Priority, State
+from rqarm.calls import Attempt, Call, Command, NextUp, Overdue, Ticket
+from rqarm.model import FollowUp, Key, Priority, State, Token
 from rqarm.request import BatchRequest
 
 EXAMPLES = int(os.environ.get("RQARM_EXPLORE", "0"))
 PROFILE = settings(
-    max_examples=EXAMPLES or 120,
+    max_examples=EXAMPLES or 150,
     stateful_step_count=50,
     deadline=None,
     derandomize=not EXAMPLES,
@@ -50,7 +50,9 @@ URIS = tuple(f"/{n}" for n in range(3))
 
 #: low, so that requests are set aside now and then
 MAX_ATTEMPTS = 2
-VERBS = ("renew", "admit", "complete", "fail", "retry", "release", "crash")
+#: low for the same reason: what is kept of an attempt's emissions
+MOST_ITEMS, MOST_BYTES = 3, 7
+VERBS = ("renew", "emit", "admit", "complete", "fail", "retry", "release", "crash")
 
 uris = st.sampled_from(URIS)
 priorities = st.sampled_from(Priority)
@@ -76,14 +78,16 @@ class Record:
     crashes: int = 0
     lapsed: bool = False
     delayed: bool = False
-    quarantined: bool = False
+    reason: str = ""
     negative: bool = False
     has_result: bool = False
     retained: bool = False  # its life counts from another moment than its end
     life_ms: int = 0
     moved_by: str = ""
     aside_by: str = ""
+    untold: set[FollowUp] = field(default_factory=set)  # who has not been told that it was set aside
     place: str = ""  # under the limit: running, called, parked
+    emitted: list[tuple[int, int]] = field(default_factory=list)  # number and size of what its attempt has emitted
 
     @property
     def in_flight(self) -> bool:
@@ -104,6 +108,12 @@ class World:
     taken: tuple[str, str] | None = None  # execution and URI of the last take
 
 
+def replace_limits(call: Call[str]) -> Call[str]:
+    """The same emission, where less is kept."""
+    *head, _, _, value = call.argv
+    return replace(call, argv=(*head, MOST_ITEMS, MOST_BYTES, value))
+
+
 class Watched(Rig):
     """Notes every answer: a machine that reaches little proves little."""
 
@@ -122,13 +132,20 @@ REACHED = {
     ("take", "started empty"),
     ("start", "started superseded unknown"),
     ("renew", "renewed lost"),
+    ("emit", "emitted already lost"),
+    ("follow", "found unknown"),
+    ("model", "dropped gap"),
     ("admit", "admitted parked lost"),
     ("model", "called"),
     ("complete", "stored already lost"),
     ("fail", "failed lost"),
+    ("requeue", "requeued already superseded in_flight ended unknown"),
+    ("discard", "discarded superseded in_flight ended unknown"),
     ("retry", "retried already lost"),
     ("release", "released already lost"),
     ("crash", "requeued quarantined already alive"),
+    ("conclude", "concluded already"),
+    ("attend", "attended already"),
     ("revive", "revived already alive"),
     ("cancel", "cancelled ended unknown"),
     ("forget", "forgotten in_flight unknown"),
@@ -198,6 +215,7 @@ class Machine(RuleBasedStateMachine):
         self.vacate(record)
         record.state, record.job_id, record.lapsed, record.delayed = "pending", job_id, False, delayed
         record.token, record.execution = 0, ""
+        record.emitted = []
 
     def has_ticket(self, record: Record) -> bool:
         delivery = self.world.jobs.get(record.job_id)
@@ -215,7 +233,8 @@ class Machine(RuleBasedStateMachine):
         record.attempts += 1
         record.state, record.execution, record.token = "in_progress", execution, int(attempt.token)
         record.place = "running" if record.place == "called" else ""
-        record.lapsed = record.delayed = record.quarantined = record.negative = False
+        record.lapsed = record.delayed = record.negative = False
+        record.reason, record.untold = "", set()
         assert record.token > self.newest_token, "tokens rise"
         self.newest_token = record.token
         assert (attempt.number, attempt.retries, attempt.crashes) == (record.attempts, record.retries, record.crashes)
@@ -230,7 +249,8 @@ class Machine(RuleBasedStateMachine):
         record.crashes += 1
         if record.crashes >= MAX_ATTEMPTS:
             self.landed(record, "failed")
-            record.quarantined, record.aside_by = True, job_id
+            record.reason, record.aside_by = "poison", job_id
+            record.untold = {FollowUp.FAILURE, FollowUp.QUARANTINE}
             return "quarantined"
         self.back_in_line(record, job_id, delayed=delayed)
         self.push(uri, job_id, record.priority, delayed=delayed)
@@ -296,7 +316,7 @@ class Machine(RuleBasedStateMachine):
             return "joined" if record.moved_by == job_id else "new"
         if record is not None and record.in_flight:
             return self.met_in_flight(uri, record, request, ttl_ms, fallback_ms, job_id, payload)
-        if record is not None and not again and (record.quarantined or record.negative):
+        if record is not None and not again and (record.reason in ("poison", "asked") or record.negative):
             return "negative"
         if record is None or record.state != "failed":
             self.world.payloads.pop(uri, None)
@@ -328,7 +348,8 @@ class Machine(RuleBasedStateMachine):
             record.crashes += 1
             if record.crashes >= MAX_ATTEMPTS:
                 self.landed(record, "failed")
-                record.quarantined = True
+                record.reason = "poison"
+                record.untold = {FollowUp.FAILURE, FollowUp.QUARANTINE}
                 return "negative"
             outcome = "new"
         elif record.state == "pending" and record.job_id not in self.world.jobs:
@@ -371,7 +392,11 @@ class Machine(RuleBasedStateMachine):
         wanted = self.submitted(uri, record, request, 24, ticket.job_id, "", again=False)
         assert self.rig.word(self.rig.submit(request, ticket)) == wanted
 
-    @rule(uri=uris, data=st.data(), what=st.sampled_from(["cancel", "forget", "put", "clear", "retain", "take_away"]))
+    @rule(
+        uri=uris,
+        data=st.data(),
+        what=st.sampled_from(["cancel", "forget", "put", "clear", "retain", "take_away", "requeue", "discard"]),
+    )
     def manage(self, uri: str, data: st.DataObject, what: str) -> None:
         getattr(self, what)(uri, data)
 
@@ -395,6 +420,49 @@ class Machine(RuleBasedStateMachine):
             del self.world.records[uri]
             self.world.payloads.pop(uri, None)
 
+    def decided(self, uri: str, data: st.DataObject) -> tuple[str, str, Record | None]:
+        """The ticket of an entry as somebody saw it, now or earlier, and the word to expect when nobody decided."""
+        record = self.world.records.get(uri)
+        if record is None:
+            return f"{self.key(uri)}-00000000", "unknown", None
+        old = data.draw(st.sampled_from([record.job_id, *self.tickets[uri][-2:]]))
+        if not record.reason:
+            return old, "in_flight" if record.in_flight else "ended", None
+        return old, "superseded", record if old == record.job_id else None
+
+    def requeue(self, uri: str, data: st.DataObject) -> None:
+        old, refusal, record = self.decided(uri, data)
+        rank = record.priority if record is not None else 1
+        ticket = self.rig.ticket(BatchRequest(uri), priority=Priority(rank))
+        call = self.rig.requeue(self.key(uri), old, ticket)
+        assert self.rig.word(call) == ("requeued" if record is not None else refusal)
+        if record is not None:
+            self.world.jobs.pop(old, None)
+            assert not self.client.exists(self.rig.jobs.job_prefix + old)
+            record.state, record.job_id, record.order = "pending", ticket.job_id, self.next_order()
+            record.crashes = record.retries = 0
+            record.reason, record.negative, record.delayed, record.untold = "", False, False, set()
+            self.push(uri, ticket.job_id, rank)
+            assert self.rig.word(call) == "already"
+
+    def discard(self, uri: str, data: st.DataObject) -> None:
+        old, refusal, record = self.decided(uri, data)
+        call = self.rig.discard(self.key(uri), old)
+        assert self.rig.word(call) == ("discarded" if record is not None else refusal)
+        if record is not None:
+            self.world.jobs.pop(old, None)
+            assert not self.client.exists(self.rig.jobs.job_prefix + old)
+            del self.world.records[uri]
+            self.world.payloads.pop(uri, None)
+            assert self.rig.word(call) == "unknown"
+
+    @precondition(lambda self: any(record.reason for record in self.world.records.values()))
+    @rule(data=st.data(), what=st.sampled_from(["requeue", "requeue", "discard"]))
+    def decide(self, data: st.DataObject, what: str) -> None:
+        """Somebody looks at the quarantine."""
+        aside = [uri for uri, record in self.world.records.items() if record.reason]
+        getattr(self, what)(data.draw(st.sampled_from(aside)), data)
+
     def put(self, uri: str, data: st.DataObject) -> None:
         sticky, twice = data.draw(st.booleans()), data.draw(st.booleans())
         call = self.rig.put(BatchRequest(uri, sticky=sticky), secrets.token_hex(8))
@@ -405,11 +473,13 @@ class Machine(RuleBasedStateMachine):
         if record.in_flight:  # who waits for it asked for as much
             sticky, life_ms = sticky or record.sticky, max(life_ms, record.ttl_ms)
         self.stored(uri, record, sticky, life_ms)
+        record.emitted = []
 
     def stored(self, uri: str, record: Record, sticky: bool, life_ms: int) -> None:
         self.landed(record, "completed")
         record.has_result, record.sticky, record.life_ms, record.retained = True, sticky, life_ms, False
-        record.quarantined = record.negative = False
+        record.reason, record.negative = "", False
+        record.untold = set()
         self.world.payloads.pop(uri, None)
 
     def clear(self, uri: str, data: st.DataObject) -> None:
@@ -483,6 +553,7 @@ class Machine(RuleBasedStateMachine):
         """The ticket of a failed request starts it anew."""
         if record.state == "failed":
             record.crashes = record.retries = 0
+            record.emitted = []
 
     def popped(self) -> str | None:
         """The request that a take starts; superseded tickets in front of it are thrown away."""
@@ -498,25 +569,31 @@ class Machine(RuleBasedStateMachine):
         return None
 
     @precondition(lambda self: any(self.tickets.values()))
-    @rule(data=st.data(), resend=st.booleans())
-    def start(self, data: st.DataObject, resend: bool) -> None:
-        """An RQ worker delivers a ticket: the right one, an old one, one twice."""
+    @rule(data=st.data(), resend=st.booleans(), is_own=st.booleans())
+    def start(self, data: st.DataObject, resend: bool, is_own: bool) -> None:
+        """An RQ worker delivers a ticket: any, old or twice. Or a client takes its own out of line."""
         uri = data.draw(st.sampled_from([uri for uri in URIS if self.tickets[uri]]))
         record = self.world.records.get(uri)
         tickets = self.tickets[uri][-6:]
         job_id = data.draw(st.sampled_from(tickets[::-1]))
         is_again = resend and record is not None and bool(record.execution)
         execution = record.execution if is_again and record is not None else secrets.token_hex(8)
-        answer = self.rig.ask(self.rig.start(self.key(uri), job_id, execution))
+        rank = record.priority if record is not None else 1
+        own_list = self.rig.jobs.lists("arm")[rank] if is_own else ""
+        answer = self.rig.ask(self.rig.start(self.key(uri), job_id, execution, own_list=own_list))
         if record is None:
             assert answer is State.UNKNOWN
         elif is_again and record.state == "in_progress":
             assert isinstance(answer, Attempt)
             assert int(answer.token) == record.token
-        elif record.state in ("pending", "failed") and record.job_id == job_id:
+        elif record.state in ("pending", "failed")[: 1 if is_own else 2] and record.job_id == job_id:
             assert isinstance(answer, Attempt)
             self.forgive(record)
             self.began(uri, record, execution, answer)
+            if is_own and job_id in (waiting := self.world.lists[rank]):
+                # only what stands in line: another's delivery is that one's to end
+                waiting.remove(job_id)
+                self.world.jobs.pop(job_id, None)
         else:
             assert answer == record.state
 
@@ -553,6 +630,28 @@ class Machine(RuleBasedStateMachine):
         if holds:
             record.lapsed = False
 
+    def act_emit(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
+        """The next one, one again, or the next but one: those between were lost on their way."""
+        for step in data.draw(st.lists(st.sampled_from([1, 1, 1, 0, 2]), min_size=1, max_size=5)):
+            last = record.emitted[-1][0] if record.emitted else 0
+            self.emit_one(record, attempt, holds, max(1, last + step), data.draw(st.integers(1, 4)))
+
+    def emit_one(self, record: Record, attempt: Attempt, holds: bool, number: int, size: int) -> None:
+        last = record.emitted[-1][0] if record.emitted else 0
+        call = replace_limits(self.rig.calls.emit(attempt, number, b"x" * size))
+        is_known = number <= last
+        assert self.rig.word(call) == ("lost" if not holds else "already" if is_known else "emitted")
+        if not holds or is_known:
+            return
+        if last and number > last + 1:
+            Watched.seen.add(("model", "gap"))
+            record.emitted = []
+        record.emitted.append((number, size))
+        while len(record.emitted) > MOST_ITEMS or sum(size for _, size in record.emitted) > MOST_BYTES:
+            Watched.seen.add(("model", "dropped"))
+            del record.emitted[0]
+        assert self.rig.word(call) == "already"
+
     def act_admit(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
         if holds:
             self.ask_for_a_place(uri, attempt)
@@ -583,7 +682,9 @@ class Machine(RuleBasedStateMachine):
 
     def act_complete(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
         sticky, hours = data.draw(st.booleans()), data.draw(st.integers(0, 3))
-        call = self.rig.complete(attempt, secrets.token_hex(4), sticky=sticky, ttl_ms=hours * HOUR_MS)
+        up = self.rig.follow_up(attempt) if data.draw(st.booleans()) else None
+        payloads = self.world.payloads.get(uri, set())
+        call = self.rig.complete(attempt, secrets.token_hex(4), sticky=sticky, ttl_ms=hours * HOUR_MS, follow_up=up)
         is_done = record.state == "completed" and record.done_token == int(attempt.token)
         assert self.rig.word(call) == ("already" if is_done else "stored" if holds else "lost")
         if holds:
@@ -591,15 +692,63 @@ class Machine(RuleBasedStateMachine):
             self.stored(uri, record, keep, record.ttl_ms or hours * HOUR_MS or record.fallback_ms)
             record.done_token = int(attempt.token)
             assert self.rig.word(call) == "already"
+            self.told(up, payloads)
+
+    def told(self, up: NextUp | None, payloads: set[str]) -> None:
+        """A follow-up was made once, and runs at once: it has the payloads, and leaves nothing behind."""
+        if up is None:
+            return
+        lists, key = self.rig.jobs.lists("arm"), up.request.key
+        kept = self.client.hgetall(self.rig.named("callbacks", key=key))
+        assert {name.decode() for name in kept} == payloads
+        assert sum(self.client.lrem(name, 0, up.ticket.job_id) for name in lists) == 1
+        attempt = self.rig.ask(self.rig.start(key, up.ticket.job_id))
+        assert isinstance(attempt, Attempt)
+        for word in ("concluded", "already"):
+            assert self.rig.word(self.rig.calls.conclude(attempt)) == word
+        self.client.delete(f"{self.rig.jobs.job_prefix}{up.ticket.job_id}")
+        assert not self.client.exists(*(self.rig.named(kind, key=key) for kind in ("status", "followup", "callbacks")))
+
+    @precondition(lambda self: any(record.reason for record in self.world.records.values()))
+    @rule(kind=st.sampled_from([FollowUp.FAILURE, FollowUp.QUARANTINE]))
+    def attend(self, kind: FollowUp) -> None:
+        """A worker sees to what was set aside."""
+        uri = next(uri for uri, record in self.world.records.items() if record.reason)
+        record = self.world.records[uri]
+        attempt = Attempt(
+            self.key(uri), Token(0), 1, BatchRequest(uri), {}, 0, 0, queue="arm", priority=Priority(record.priority)
+        )
+        score = self.client.zscore(self.rig.named("unattended", follow_up=kind), attempt.key)
+        assert (score is not None) == (kind in record.untold)
+        up = self.rig.follow_up(attempt, kind, int(score or 0))
+        call = self.rig.calls.attend(attempt.key, int(score or 0), up)
+        assert self.rig.word(call) == ("attended" if kind in record.untold else "already")
+        assert self.rig.word(call) == "already"
+        if kind in record.untold:
+            record.untold.discard(kind)
+            self.told(up, self.world.payloads.get(uri, set()))
 
     def act_fail(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
-        negative = data.draw(st.booleans())
-        call = self.rig.fail(attempt, negative_ms=HOUR_MS if negative else 0)
+        negative, reason = data.draw(st.booleans()), data.draw(st.sampled_from(["", "exhausted", "asked"]))
+        up = self.rig.follow_up(attempt, FollowUp.FAILURE) if data.draw(st.booleans()) else None
+        call = self.rig.fail(
+            attempt,
+            negative_ms=HOUR_MS if negative else 0,
+            reason=reason,
+            note=b"n" if reason else b"",
+            follow_ups=[up] if up else [],
+        )
         is_done = record.state == "failed" and record.done_token == int(attempt.token)
         assert self.rig.word(call) == ("already" if is_done else "failed" if holds else "lost")
         if holds:
             self.landed(record, "failed")
-            record.negative, record.done_token = negative, int(attempt.token)
+            record.negative, record.done_token, record.reason = negative, int(attempt.token), reason
+            record.untold = {FollowUp.FAILURE, FollowUp.QUARANTINE} if reason else set()
+            if up is not None:
+                record.untold.discard(FollowUp.FAILURE)
+                self.told(up, self.world.payloads.get(uri, set()))
+                if not reason:
+                    self.world.payloads.pop(uri, None)
 
     def act_retry(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
         delay = data.draw(st.sampled_from([0, 3600]))
@@ -737,15 +886,18 @@ class Machine(RuleBasedStateMachine):
     def record_agrees(self, uri: str, record: Record | None) -> None:
         stored = self.rig.record(self.key(uri))
         assert stored.get("state") == (record.state if record is not None else None)
+        seen = self.rig.ask(self.rig.calls.follow(self.key(uri), "", 0))
         if record is None:
+            assert seen is None
             return
+        assert [(n, len(value)) for n, value in enumerate(seen.values, seen.first)] == record.emitted
         assert stored.get("job_id", "") == record.job_id
         assert record.state != "pending" or ("due_ms" in stored) == record.delayed
         assert stored.get("limit") == (LIMIT if record.place else None)
         assert ("recall" in stored) == (record.place == "parked")
         counts = [int(stored.get(name, 0)) for name in ("attempts", "crashes", "retries", "token")]
         assert counts == [record.attempts, record.crashes, record.retries, record.token]
-        assert stored.get("quarantined") == ("1" if record.quarantined else None)
+        assert stored.get("quarantined", "") == record.reason
         if record.in_flight:
             assert int(stored["priority"]) == record.priority
             assert int(stored["ttl_ms"]) == record.ttl_ms

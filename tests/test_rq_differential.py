@@ -38,6 +38,9 @@ VOLATILE = {
     "arm:result": {"owner"},
     "arm:stats": {"*", "/add", "/async", "/file", "/stream"},  # learned run times
 }
+#: fields whose very names are chance, the minute and the bucket of a time; and what only our worker tells of itself
+OWN = {"arm:stats": re.compile(r"m\d+:|run:|wait:|saved:"), "rq:worker": re.compile("rqarm_version$")}
+NOTHING = re.compile("(?!)")
 #: fields that are msgpack, whose traceback says in which lines of which program the handler was called
 PACKED = {("arm:status", "error"), ("arm:status", "request")}
 #: a mark of whoever has just swept, gone after a third of a lease
@@ -220,7 +223,7 @@ class Reader:
         family = key.decode().rpartition(":")[0]
         found = {}
         for name, value in sorted((name.decode(), value) for name, value in fields.items()):
-            if (key, name) == (b"arm:stats:executions", "released"):
+            if (key, name) == (b"arm:stats:executions", "released") or OWN.get(family, NOTHING).match(name):
                 continue
             if name in VOLATILE.get(family, ()):
                 found[name] = "VOLATILE"

@@ -27,12 +27,6 @@ from rqarm.worker.supervisor import Backoff
 HANDLERS = ("--handlers", str(APP))
 
 
-@pytest.fixture(scope="module")
-def home() -> Iterator[embedded.PrivateServer]:
-    with servers.throwaway(servers.VALKEY or servers.REDIS) as server:
-        yield server
-
-
 @pytest.fixture
 def rm(home: embedded.PrivateServer) -> Iterator[RequestManager]:
     with RequestManager(home.url, allow_volatile=True, lease=2.0) as manager:

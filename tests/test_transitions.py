@@ -23,10 +23,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rqarm import RequestManager, browse, codec, connect, embedded, flows
+from rqarm import calls as calls_module
 from rqarm.calls import Attempt, Call, Found, Overdue, Ticket
 from rqarm.errors import ForeignData, KeyConflict, LeaseLost, RqarmError
 from rqarm.keys import URI_FIELDS
-from rqarm.model import TRANSITIONS, Key, Outcome, Priority, State, Token
+from rqarm.model import TRANSITIONS, FollowUp, Key, Outcome, Priority, State, Token
 from rqarm.request import BatchRequest
 from rqarm.scripts import all_scripts, script
 
@@ -44,6 +45,7 @@ submit impostor     new*        conflict    conflict    conflict    conflict    
 start same          unknown     started*    started*    superseded  superseded  superseded
 start other         unknown     superseded  superseded  superseded  superseded  superseded
 start repeated      unknown     started*    started*    started     superseded  started
+start own           unknown     started*    started*    superseded  superseded  superseded
 take new            empty       started*    empty       empty       empty       empty
 take repeated       empty       started*    empty       started     empty       started
 admit mine          lost        lost        lost        admitted*   lost        admitted*
@@ -51,6 +53,8 @@ admit other         lost        lost        lost        lost        lost        
 admit same          lost        parked      parked      parked      parked      parked
 renew mine          lost        lost        lost        renewed*    lost        renewed*
 renew other         lost        lost        lost        lost        lost        lost
+emit mine           lost        lost        lost        emitted*    lost        emitted*
+emit other          lost        lost        lost        lost        lost        lost
 complete mine       lost        lost        lost        stored*     lost        stored*
 complete other      lost        lost        lost        lost        lost        lost
 fail mine           lost        lost        lost        failed*     lost        failed*
@@ -61,6 +65,11 @@ retry same          lost        already     already     already     already     
 release mine        lost        lost        lost        released*   lost        released*
 release other       lost        lost        lost        lost        lost        lost
 release same        lost        already     already     already     already     already
+conclude mine       already     lost        lost        concluded*  lost        concluded*
+conclude other      already     lost        lost        lost        lost        lost
+attend failure      already     already     already     already     already     already
+attend quarantine   already     already     already     already     already     already
+attend other        already     already     already     already     already     already
 crash mine          alive       alive       alive       requeued*   alive       requeued*
 crash other         alive       alive       alive       alive       alive       alive
 crash clock         alive       alive       alive       alive       alive       requeued*
@@ -70,9 +79,15 @@ revive other        alive       alive       alive       alive       alive       
 revive same         alive       already     already     already     already     already
 cancel -            unknown     cancelled*  cancelled*  cancelled*  cancelled*  cancelled*
 forget -            unknown     in_flight   in_flight   in_flight   in_flight   in_flight
+requeue mine        unknown     in_flight   in_flight   in_flight   in_flight   in_flight
+requeue other       unknown     in_flight   in_flight   in_flight   in_flight   in_flight
+requeue same        unknown     already     already     already     already     already
+discard mine        unknown     in_flight   in_flight   in_flight   in_flight   in_flight
+discard other       unknown     in_flight   in_flight   in_flight   in_flight   in_flight
 put new             stored*     stored*     stored*     stored*     stored*     stored*
 put impostor        stored*     conflict    conflict    conflict    conflict    conflict
 read -              unknown     found       found       found       found       found
+follow -            unknown     found       found       found       found       found
 locate -            unknown     found       found       found       found       found
 browse line         page        page        page        page        page        page
 browse results      page        page        page        page        page        page
@@ -90,59 +105,73 @@ invalidate red      invalidated  invalidated  invalidated  invalidated  invalida
 clear route         cleared     cleared     cleared     cleared     cleared     cleared
 clear old           cleared     cleared     cleared     cleared     cleared     cleared
 """, """
-                    completed   sticky      evicted     failed      negative    quarantined cancelled
-submit new          hit         hit         new*        new*        negative    negative    new*
-submit same         hit         hit         new         new         new         new         new
-submit again        new*        new*        new*        new*        new*        new*        new*
-submit impostor     conflict    conflict    conflict    conflict    conflict    conflict    conflict
-start same          superseded  superseded  superseded  started*    started*    started*    superseded
-start other         superseded  superseded  superseded  superseded  superseded  superseded  superseded
-start repeated      superseded  superseded  superseded  started*    started*    started*    superseded
-take new            empty       empty       empty       empty       empty       empty       empty*
-take repeated       empty       empty       empty       empty       empty       empty       empty*
-admit mine          lost        lost        lost        lost        lost        lost        lost
-admit other         lost        lost        lost        lost        lost        lost        lost
-admit same          parked      parked      parked      parked      parked      parked      parked
-renew mine          lost        lost        lost        lost        lost        lost        lost
-renew other         lost        lost        lost        lost        lost        lost        lost
-complete mine       already     already     already     lost        lost        lost        lost
-complete other      lost        lost        lost        lost        lost        lost        lost
-fail mine           lost        lost        lost        already     already     lost        lost
-fail other          lost        lost        lost        lost        lost        lost        lost
-retry mine          lost        lost        lost        lost        lost        lost        lost
-retry other         lost        lost        lost        lost        lost        lost        lost
-retry same          already     already     already     already     already     already     already
-release mine        lost        lost        lost        lost        lost        lost        lost
-release other       lost        lost        lost        lost        lost        lost        lost
-release same        already     already     already     already     already     already     already
-crash mine          alive       alive       alive       alive       alive       alive       alive
-crash other         alive       alive       alive       alive       alive       alive       alive
-crash clock         alive       alive       alive       alive       alive       alive       alive
-crash same          already     already     already     already     already     already     already
-revive mine         alive       alive       alive       alive       alive       alive       alive
-revive other        alive       alive       alive       alive       alive       alive       alive
-revive same         already     already     already     already     already     already     already
-cancel -            ended       ended       ended       ended       ended       ended       ended
-forget -            forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*
-put new             stored*     stored*     stored*     stored*     stored*     stored*     stored*
-put impostor        conflict    conflict    conflict    conflict    conflict    conflict    conflict
-read -              found       found       found       found       found       found       found
-locate -            found       found       found       found       found       found       found
-browse line         page        page        page        page        page        page        page
-browse results      page        page        page        page        page        page        page
-sweep -             swept       swept       swept       swept       swept       swept       swept
-clear all           cleared*    cleared*    cleared*    cleared     cleared     cleared     cleared
-clear temporary     cleared*    cleared     cleared*    cleared     cleared     cleared     cleared
-stats -             stats       stats       stats       stats       stats       stats       stats
-overview -          overview    overview    overview    overview    overview    overview    overview
-search any          page        page        page        page        page        page        page
-claims -            page        page        page        page        page        page        page
-inspect -           found       found       found       found       found       found       found
-survey -            survey      survey      survey      survey      survey      survey      survey
-retain sticky       retained*   retained    no_result   no_result   no_result   no_result   no_result
-invalidate red      invalidated* invalidated* invalidated* invalidated  invalidated  invalidated  invalidated
-clear route         cleared*    cleared*    cleared*    cleared     cleared     cleared     cleared
-clear old           cleared     cleared     cleared     cleared     cleared     cleared     cleared
+                    completed   sticky      evicted     failed      negative    quarantined exhausted   cancelled
+submit new          hit         hit         new*        new*        negative    negative    new*        new*
+submit same         hit         hit         new         new         new         new         new         new
+submit again        new*        new*        new*        new*        new*        new*        new*        new*
+submit impostor     conflict    conflict    conflict    conflict    conflict    conflict    conflict    conflict
+start same          superseded  superseded  superseded  started*    started*    started*    started*    superseded
+start other         superseded  superseded  superseded  superseded  superseded  superseded  superseded  superseded
+start repeated      superseded  superseded  superseded  started*    started*    started*    started*    superseded
+start own           superseded  superseded  superseded  superseded  superseded  superseded  superseded  superseded
+take new            empty       empty       empty       empty       empty       empty       empty       empty*
+take repeated       empty       empty       empty       empty       empty       empty       empty       empty*
+admit mine          lost        lost        lost        lost        lost        lost        lost        lost
+admit other         lost        lost        lost        lost        lost        lost        lost        lost
+admit same          parked      parked      parked      parked      parked      parked      parked      parked
+renew mine          lost        lost        lost        lost        lost        lost        lost        lost
+renew other         lost        lost        lost        lost        lost        lost        lost        lost
+emit mine           lost        lost        lost        lost        lost        lost        lost        lost
+emit other          lost        lost        lost        lost        lost        lost        lost        lost
+complete mine       already     already     already     lost        lost        lost        lost        lost
+complete other      lost        lost        lost        lost        lost        lost        lost        lost
+fail mine           lost        lost        lost        already     already     lost        already     lost
+fail other          lost        lost        lost        lost        lost        lost        lost        lost
+retry mine          lost        lost        lost        lost        lost        lost        lost        lost
+retry other         lost        lost        lost        lost        lost        lost        lost        lost
+retry same          already     already     already     already     already     already     already     already
+release mine        lost        lost        lost        lost        lost        lost        lost        lost
+release other       lost        lost        lost        lost        lost        lost        lost        lost
+release same        already     already     already     already     already     already     already     already
+conclude mine       lost        lost        lost        lost        lost        lost        lost        lost
+conclude other      lost        lost        lost        lost        lost        lost        lost        lost
+attend failure      already     already     already     already     already     attended*   attended*   already
+attend quarantine   already     already     already     already     already     attended*   attended*   already
+attend other        already     already     already     already     already     already     already     already
+crash mine          alive       alive       alive       alive       alive       alive       alive       alive
+crash other         alive       alive       alive       alive       alive       alive       alive       alive
+crash clock         alive       alive       alive       alive       alive       alive       alive       alive
+crash same          already     already     already     already     already     already     already     already
+revive mine         alive       alive       alive       alive       alive       alive       alive       alive
+revive other        alive       alive       alive       alive       alive       alive       alive       alive
+revive same         already     already     already     already     already     already     already     already
+cancel -            ended       ended       ended       ended       ended       ended       ended       ended
+forget -            forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*
+requeue mine        ended       ended       ended       ended       ended       requeued*   requeued*   ended
+requeue other       ended       ended       ended       ended       ended       superseded  superseded  ended
+requeue same        already     already     already     already     already     already     already     already
+discard mine        ended       ended       ended       ended       ended       discarded*  discarded*  ended
+discard other       ended       ended       ended       ended       ended       superseded  superseded  ended
+put new             stored*     stored*     stored*     stored*     stored*     stored*     stored*     stored*
+put impostor        conflict    conflict    conflict    conflict    conflict    conflict    conflict    conflict
+read -              found       found       found       found       found       found       found       found
+follow -            found       found       found       found       found       found       found       found
+locate -            found       found       found       found       found       found       found       found
+browse line         page        page        page        page        page        page        page        page
+browse results      page        page        page        page        page        page        page        page
+sweep -             swept       swept       swept       swept       swept       swept       swept       swept
+clear all           cleared*    cleared*    cleared*    cleared     cleared     cleared     cleared     cleared
+clear temporary     cleared*    cleared     cleared*    cleared     cleared     cleared     cleared     cleared
+stats -             stats       stats       stats       stats       stats       stats       stats       stats
+overview -          overview    overview    overview    overview    overview    overview    overview    overview
+search any          page        page        page        page        page        page        page        page
+claims -            page        page        page        page        page        page        page        page
+inspect -           found       found       found       found       found       found       found       found
+survey -            survey      survey      survey      survey      survey      survey      survey      survey
+retain sticky       retained*   retained    no_result   no_result   no_result   no_result   no_result   no_result
+invalidate red      invalidated* invalidated* invalidated* invalidated invalidated invalidated invalidated invalidated
+clear route         cleared*    cleared*    cleared*    cleared     cleared     cleared     cleared     cleared
+clear old           cleared     cleared     cleared     cleared     cleared     cleared     cleared     cleared
 """, """
                     placed      full        called      parked
 submit new          joined      joined      joined      joined
@@ -152,6 +181,7 @@ submit impostor     conflict    conflict    conflict    conflict
 start same          superseded  superseded  started*    started*
 start other         superseded  superseded  superseded  superseded
 start repeated      started     started     started*    started*
+start own           superseded  superseded  started*    started*
 take new            empty       empty       started*    empty
 take repeated       started     started     started*    empty
 admit mine          admitted    parked*     lost        lost
@@ -159,6 +189,8 @@ admit other         lost        lost        lost        lost
 admit same          parked      parked      parked      parked
 renew mine          renewed*    renewed*    lost        lost
 renew other         lost        lost        lost        lost
+emit mine           emitted*    emitted*    lost        lost
+emit other          lost        lost        lost        lost
 complete mine       stored*     stored*     lost        lost
 complete other      lost        lost        lost        lost
 fail mine           failed*     failed*     lost        lost
@@ -169,6 +201,11 @@ retry same          already     already     already     already
 release mine        released*   released*   lost        lost
 release other       lost        lost        lost        lost
 release same        already     already     already     already
+conclude mine       concluded*  concluded*  lost        lost
+conclude other      lost        lost        lost        lost
+attend failure      already     already     already     already
+attend quarantine   already     already     already     already
+attend other        already     already     already     already
 crash mine          requeued*   requeued*   alive       alive
 crash other         alive       alive       alive       alive
 crash clock         alive       alive       alive       alive
@@ -178,9 +215,15 @@ revive other        alive       alive       alive       alive
 revive same         already     already     already     already
 cancel -            cancelled*  cancelled*  cancelled*  cancelled*
 forget -            in_flight   in_flight   in_flight   in_flight
+requeue mine        in_flight   in_flight   in_flight   in_flight
+requeue other       in_flight   in_flight   in_flight   in_flight
+requeue same        already     already     already     already
+discard mine        in_flight   in_flight   in_flight   in_flight
+discard other       in_flight   in_flight   in_flight   in_flight
 put new             stored*     stored*     stored*     stored*
 put impostor        conflict    conflict    conflict    conflict
 read -              found       found       found       found
+follow -            found       found       found       found
 locate -            found       found       found       found
 browse line         page        page        page        page
 browse results      page        page        page        page
@@ -215,14 +258,19 @@ assert {state for _, _, state, _, _ in CASES} == set(STATES)
 
 #: what is answered when exactly the same call is sent again after it changed something; others repeat their word
 SECOND_WORD = {
+    ("emit", "emitted"): "already",
     ("complete", "stored"): "already",
     ("fail", "failed"): "already",
     ("retry", "retried"): "already",
     ("release", "released"): "already",
     ("crash", "requeued"): "already",
     ("revive", "revived"): "already",
+    ("conclude", "concluded"): "already",
+    ("attend", "attended"): "already",
     ("cancel", "cancelled"): "ended",
     ("forget", "forgotten"): "unknown",
+    ("requeue", "requeued"): "already",
+    ("discard", "discarded"): "unknown",
 }
 
 
@@ -245,6 +293,8 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             return rig.submit(REQUEST, same if variant == "same" else ticket, again=variant == "again")
         case "start", "repeated":
             return rig.start(key, seeded.job_id, seeded.execution)
+        case "start", "own":
+            return rig.start(key, seeded.job_id, own_list=rig.jobs.lists("arm")[REQUEST.priority])
         case "start", _:
             return rig.start(key, seeded.job_id if variant == "same" else ticket.job_id)
         case "take", _:
@@ -254,6 +304,8 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             return rig.admit(attempt, ticket=replace(waits, job_id=same.job_id) if variant == "same" else waits)
         case "renew", _:
             return rig.calls.renew(attempt, 2 * LEASE_MS)
+        case "emit", _:
+            return rig.calls.emit(attempt, 1, b"\x01")
         case "complete", _:
             return rig.complete(attempt)
         case "fail", _:
@@ -262,6 +314,11 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             return rig.retry(attempt, same if variant == "same" else ticket)
         case "release", _:
             return rig.calls.release(attempt, same if variant == "same" else ticket)
+        case "conclude", _:
+            return rig.calls.conclude(attempt)
+        case "attend", _:
+            kind = FollowUp.QUARANTINE if variant == "quarantine" else FollowUp.FAILURE
+            return rig.attend(mine, kind, since=1 if variant == "other" else None)
         case "crash", _:
             token = None if variant == "clock" else attempt.token
             return rig.crash(key, token, same if variant == "same" else ticket)
@@ -269,10 +326,17 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             lost = ticket.job_id if variant == "other" else seeded.job_id
             found = Overdue(key, REQUEST.uri, "arm", Priority.DEFAULT, job_id=lost)
             return rig.calls.revive(found, same if variant == "same" else rig.ticket(REQUEST))
+        case "requeue", _:
+            seen = ticket.job_id if variant == "other" else seeded.job_id
+            return rig.requeue(key, seen, same if variant == "same" else rig.ticket(REQUEST))
+        case "discard", _:
+            return rig.discard(key, ticket.job_id if variant == "other" else seeded.job_id)
         case "put", _:
             return rig.put(IMPOSTOR if variant == "impostor" else REQUEST, secrets.token_hex(8))
         case "read", _:
             return rig.calls.read(key, with_value=True)
+        case "follow", _:
+            return rig.calls.follow(key, "", 0)
         case "locate", _:
             return rig.calls.locate(key, "arm")
         case "browse", _:
@@ -284,10 +348,10 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             named, pattern = browse.on_route("/slow" if variant == "route" else "")
             age_ms = 3_600_000 if variant == "old" else 0
             return rig.calls.clear(temporary_only=variant == "temporary", route=named, pattern=pattern, age_ms=age_ms)
-        case "overview", _:
-            return rig.calls.overview()
         case "stats", _:
             return rig.calls.stats()
+        case "overview", _:
+            return rig.calls.overview()
         case "search", _:
             return browse.search_call(rig.core, browse.PLACES[""])
         case "claims", _:
@@ -422,9 +486,16 @@ def chunked(rig: Rig) -> codec.Envelope:
 
 
 #: (verb, word) -> how to bring it about, and what the repeat answers; None = it writes, so the repeat differs
+def _emitted_before(rig: Rig) -> Call[Any]:
+    attempt = rig.begin(REQUEST)
+    assert [rig.word(rig.calls.emit(attempt, number, b"\x01")) for number in (1, 2)] == ["emitted", "emitted"]
+    return rig.calls.emit(attempt, 1, b"\x01")
+
+
 SPECIAL: dict[tuple[str, str], tuple[Callable[[Rig], Call[Any]], str]] = {
     ("submit", "corrupt"): (_corrupt, "corrupt"),
     ("submit", "refused"): (_refused, "refused"),
+    ("emit", "already"): (_emitted_before, "already"),
     ("complete", "torn"): (_torn, "torn"),
     ("put", "torn"): (_torn_put, "torn"),
     ("crash", "quarantined"): (_last_crash, "already"),
@@ -854,7 +925,7 @@ def test_a_torn_result_is_refused_and_leaves_the_attempt_as_it_was(redis_client:
         rig.ask(step)
     assert stored(rig) == before
     rig.ask(staged[1])
-    assert rig.ask(step) == "stored", "written again, it is committed"
+    assert rig.word(step) == "stored", "written again, it is committed"
 
 
 def test_a_new_result_takes_the_pieces_of_the_old_one_with_it(redis_client: redis.Redis) -> None:
@@ -1684,3 +1755,135 @@ def test_foreign_data_does_not_stop_the_sweep(rig: Rig) -> None:
     assert rig.run(flows.sweep(rig.core)) == 2
     attempts = [rig.run(flows.take(rig.core, None, "w", 0)) for _ in range(2)]
     assert {attempt.key for attempt in attempts} == {bad_job, lost}
+
+
+# -- emit and follow
+
+
+def emit(rig: Rig, attempt: Attempt, *values: Any, first: int = 1) -> None:
+    for number, value in enumerate(values, first):
+        assert rig.word(rig.calls.emit(attempt, number, codec.pack(value))) == "emitted"
+
+
+def emitted(rig: Rig, key: Key) -> list[Any]:
+    """What a late joiner is given."""
+    seen = rig.ask(rig.calls.follow(key, "", 0))
+    return [] if seen is None else [codec.unpack(packed) for packed in seen.values]
+
+
+@pytest.mark.parametrize("end", ["complete", "sticky", "fail", "cancel"])
+def test_what_was_emitted_lives_as_long_as_the_end_of_its_attempt(rig: Rig, end: str) -> None:
+    attempt = rig.begin(REQUEST)
+    emit(rig, attempt, 1, 2)
+    name = rig.named("emitted", key=attempt.key)
+    assert rig.client.pexpiretime(name) == -1
+    ends = {
+        "complete": rig.complete(attempt),
+        "sticky": rig.complete(attempt, sticky=True),
+        "fail": rig.fail(attempt),
+        "cancel": rig.calls.cancel(attempt.key),
+    }
+    rig.reply(ends[end])
+    assert rig.client.pexpiretime(name) == rig.client.pexpiretime(rig.keys.status(attempt.key))
+    assert (rig.client.pexpiretime(name) == -1) == (end == "sticky")
+    assert emitted(rig, attempt.key) == [1, 2]
+    audit(rig.client, rig.keys)
+
+
+def test_a_hit_that_lengthens_the_result_lengthens_what_was_emitted(rig: Rig) -> None:
+    attempt = rig.begin(REQUEST)
+    emit(rig, attempt, 1)
+    rig.reply(rig.complete(attempt))
+    assert rig.word(rig.submit(BatchRequest(REQUEST.uri, key=REQUEST.key, sticky=True))) == "hit"
+    assert rig.client.pexpiretime(rig.named("emitted", key=attempt.key)) == -1
+    audit(rig.client, rig.keys)
+
+
+@pytest.mark.parametrize("way", ["retry", "release", "crash", "lapsed submit", "parked", "rq requeue"])
+def test_another_attempt_begins_with_nothing_emitted(rig: Rig, way: str) -> None:
+    if way == "parked":
+        rig.placed("/holder")
+    attempt = rig.begin(REQUEST)
+    emit(rig, attempt, 1, 2)
+    rig.reply(rig.calls.renew(attempt, LEASE_MS, b'{"fraction": 0.5, "message": "half"}'))
+    ticket = rig.ticket(REQUEST)
+    if way == "lapsed submit":
+        rig.lapse(attempt.key)
+    elif way == "rq requeue":
+        rig.reply(rig.fail(attempt))
+    job_id = rig.record(attempt.key)["job_id"]
+    calls = {
+        "retry": lambda: rig.retry(attempt, ticket),
+        "release": lambda: rig.calls.release(attempt, rig.front_ticket(REQUEST)),
+        "crash": lambda: rig.crash(attempt.key, attempt.token, ticket),
+        "lapsed submit": lambda: rig.submit(REQUEST),
+        "parked": lambda: rig.admit(attempt),
+        "rq requeue": lambda: rig.start(attempt.key, job_id),
+    }
+    rig.reply(calls[way]())
+    assert not rig.client.exists(rig.named("emitted", key=attempt.key))
+    assert {"emitted", "progress"} & rig.record(attempt.key).keys() == set()
+    audit(rig.client, rig.keys)
+
+
+@pytest.mark.parametrize("way", ["resubmit", "forget", "clear", "put", "submit of what failed", "put in flight"])
+def test_what_drops_a_result_drops_what_was_emitted(rig: Rig, way: str) -> None:
+    attempt = rig.begin(REQUEST)
+    emit(rig, attempt, 1)
+    if way != "put in flight":
+        rig.reply(rig.fail(attempt) if way == "submit of what failed" else rig.complete(attempt))
+    calls = {
+        "resubmit": rig.submit(REQUEST, again=True),
+        "submit of what failed": rig.submit(REQUEST),
+        "forget": rig.calls.forget(attempt.key),
+        "clear": rig.calls.clear(temporary_only=True),
+    }
+    rig.reply(calls.get(way) or rig.put(REQUEST, secrets.token_hex(8)))
+    assert not rig.client.exists(rig.named("emitted", key=attempt.key))
+    assert emitted(rig, attempt.key) == []
+    audit(rig.client, rig.keys)
+
+
+def test_a_list_that_an_earlier_claim_left_behind_counts_for_nothing(rig: Rig) -> None:
+    first = rig.begin(REQUEST)
+    emit(rig, first, "old")
+    rig.reply(rig.complete(first))
+    rig.client.delete(rig.keys.status(first.key), rig.named("result", key=first.key))  # the server made room
+    second = rig.begin(REQUEST)
+    assert emitted(rig, second.key) == []
+    emit(rig, second, "new")
+    assert emitted(rig, second.key) == ["new"]
+    assert rig.client.pexpiretime(rig.named("emitted", key=second.key)) == -1
+
+
+def test_an_evicted_list_goes_on_with_the_next_number(rig: Rig) -> None:
+    attempt = rig.begin(REQUEST)
+    emit(rig, attempt, "a", "b")
+    rig.client.delete(rig.named("emitted", key=attempt.key))
+    emit(rig, attempt, "c", first=3)
+    seen = rig.ask(rig.calls.follow(attempt.key, str(attempt.token), 2))
+    assert (seen.first, [codec.unpack(packed) for packed in seen.values]) == (3, ["c"])
+    audit(rig.client, rig.keys)
+
+
+def test_the_newest_emissions_are_kept_by_number_and_by_size(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls_module, "EMISSIONS_KEPT", 3)
+    monkeypatch.setattr(calls_module, "EMITTED_BYTES", 20)
+    attempt = rig.begin(REQUEST)
+    emit(rig, attempt, *range(5))
+    assert emitted(rig, attempt.key) == [2, 3, 4]
+    emit(rig, attempt, "x" * 18, first=6)
+    assert emitted(rig, attempt.key) == [4, "x" * 18]
+    emit(rig, attempt, "y" * 30, first=7)
+    assert emitted(rig, attempt.key) == ["y" * 30], "one is always kept"
+    audit(rig.client, rig.keys)
+
+
+def test_out_of_memory_an_emission_is_refused_and_writes_nothing(rig: Rig, full: Callable[[], None]) -> None:
+    attempt = rig.begin(REQUEST)
+    emit(rig, attempt, 1)
+    before = stored(rig)
+    full()
+    with pytest.raises(redis.exceptions.OutOfMemoryError):
+        rig.reply(rig.calls.emit(attempt, 2, b"\x02"))
+    assert stored(rig) == before

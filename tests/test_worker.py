@@ -50,13 +50,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  #
 
 
 @pytest.fixture(scope="module")
-def home() -> Iterator[embedded.PrivateServer]:
-    """One server for all crews of this module."""
-    with servers.throwaway(servers.VALKEY or servers.REDIS) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def staff(home: embedded.PrivateServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     """One rqarm.Worker that all tests share which must not harm it."""
     with crew(home.url, tmp_path_factory.mktemp("staff"), max_attempts=2) as staff:
@@ -172,14 +165,14 @@ def test_a_horse_killed_by_rqs_command_is_a_crash(team: Crew) -> None:
 def test_sys_exit_is_an_error_not_a_crash(team: Crew) -> None:
     with pytest.raises(RequestFailed, match="SystemExit: 3"):
         team.rm.get("/sys_exit/3", timeout=20)
-    assert team.rm.status(BatchRequest("/sys_exit/3").key).quarantined is False
+    assert team.rm.status(BatchRequest("/sys_exit/3").key).reason == "exhausted"
 
 
 def test_a_handler_that_hears_nothing_is_killed_at_its_limit(team: Crew) -> None:
     key = team.rm.submit("/deaf/one").key
     horse = team.running("one")
     (status,) = team.settle(key)
-    assert (status.state, status.attempts, status.quarantined) == (State.FAILED, 1, False)
+    assert (status.state, status.attempts, status.reason) == (State.FAILED, 1, "exhausted")
     assert status.error is not None
     assert status.error["type"].endswith("TimeLimit")
     assert "limit of 1 s" in status.error["message"]
@@ -214,18 +207,6 @@ def test_a_cancelled_request_stops_its_horse(team: Crew) -> None:
     assert team.rm.status(key).state is State.CANCELLED
 
 
-def shown(team: Crew, key: str) -> Job:
-    """RQ's job of a running request, once RQ's tools show it."""
-    job = team.job(key)
-
-    def is_started() -> bool:
-        job.refresh()
-        return job.worker_name is not None
-
-    eventually(is_started)
-    return job
-
-
 def test_what_runs_for_longer_than_a_moment_is_shown_by_rqs_tools(team: Crew) -> None:
     (worker,) = team.workers
 
@@ -234,7 +215,7 @@ def test_what_runs_for_longer_than_a_moment_is_shown_by_rqs_tools(team: Crew) ->
 
     before = count()
     key = team.rm.submit("/wait/seen").key
-    job = shown(team, key)
+    job = team.shown(key)
     assert job.get_status() is JobStatus.STARTED
     assert job.id in job.started_job_registry.get_job_ids()
     assert team.state_of(worker) == b"busy"
@@ -252,7 +233,7 @@ def test_what_runs_for_longer_than_a_moment_is_shown_by_rqs_tools(team: Crew) ->
 def test_rqs_stop_command_cancels_the_request(team: Crew) -> None:
     key = team.rm.submit("/wait/stopped").key
     horse = team.running("stopped")
-    job = shown(team, key)
+    job = team.shown(key)
     send_stop_job_command(team.rm.connection, job.id, serializer=JSONSerializer)
     status = team.reaches(key, State.CANCELLED)
     assert (status.attempts, is_alive(horse)) == (1, False)
@@ -393,7 +374,7 @@ def test_foreign_data_under_our_keys_or_rqs_does_not_end_the_worker(team: Crew) 
 def rm(redis_client: redis.Redis, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[RequestManager]:
     """A manager whose requests an rqarm.Worker of this process runs, in horses."""
     monkeypatch.setattr(execution, "_process", execution._Process(os.getpid(), None, {}))
-    monkeypatch.setattr(rqworker, "PATIENCE", 0.05)
+    monkeypatch.setattr(rqworker, "pause_after", lambda _: 0.05)
     monkeypatch.setattr(rqworker, "DEAF", 0.05)
     monkeypatch.setenv("RQARM_LEASE", "1.5")
     handlers = Handlers()
@@ -529,7 +510,7 @@ def test_the_first_process_of_a_container_can_be_a_worker(home: embedded.Private
 def test_no_job_of_ours_is_pickled(team: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("unpickled"))
     key = team.rm.submit("/wait/pickled").key
-    job = shown(team, key)
+    job = team.shown(key)
     assert (job.func_name, job.args) == (PERFORM, [team.name])
     team.let_go("pickled")
     assert team.rm.result(key, timeout=20) == "pickled 1"

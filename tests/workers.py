@@ -38,7 +38,8 @@ class WorkerProcess:
     def __init__(
         self, url: str, directory: Path, kind: str, name: str, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> None:
-        self.name, self.log, self.notes = name, directory / f"{name}.log", directory / "notes"
+        self.kind, self.name = kind, name
+        self.log, self.notes = directory / f"{name}.log", directory / "notes"
         self.notes.mkdir(exist_ok=True)
         environment = {
             **os.environ,
@@ -163,6 +164,17 @@ class Crew:
         job_id = self.field(key, "job_id")
         assert job_id is not None
         return Job.fetch(job_id.decode(), connection=self.rm.connection, serializer=JSONSerializer)
+
+    def shown(self, key: str) -> Job:
+        """RQ's job of a running request, once RQ's tools show it."""
+        job = self.job(key)
+
+        def is_started() -> bool:
+            job.refresh()
+            return job.worker_name is not None
+
+        eventually(is_started)
+        return job
 
     def settle(self, *keys: str, timeout: float = PATIENCE) -> list[BatchStatus]:
         """The statuses of requests that have all ended; only looked at, so that waiting heals nothing."""

@@ -8,23 +8,29 @@ import sys
 import click
 
 from rqarm import metrics
+from rqarm.browse import Range
 from rqarm.cli.common import (
+    FAILURE,
     Target,
     as_json,
     complain,
+    document_of,
+    duration,
     is_terminal,
     key_of,
     on_server,
     print_json,
     print_pairs,
+    print_table,
+    shown_uri,
     size,
 )
-from rqarm.cli.requests import print_statuses
+from rqarm.cli.requests import each_key, keys_argument, print_statuses
 
 
 @click.group()
 def cache() -> None:
-    """Look at cached results, and clear them."""
+    """Look at cached results, keep them, and clear them."""
 
 
 @cache.command("ls")
@@ -76,16 +82,101 @@ _BYTES = ("size", "stored", "bytes")
 @cache.command()
 @on_server
 @click.option("--temporary", is_flag=True, help="Only results that would expire by themselves.")
+@click.option("--route", metavar="ROUTE", help="Only of an operation, or a path as it begins: /cities or host/v1.")
+@click.option("--older-than", type=float, metavar="SECONDS", help="Only what was computed so long ago.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def clear(target: Target, temporary: bool, yes: bool) -> None:
-    """Forget cached results: every one, sticky ones too, or the temporary ones."""
+def clear(target: Target, temporary: bool, route: str | None, older_than: float | None, yes: bool) -> None:
+    """Forget cached results: every one, sticky ones too, or some."""
+    if temporary and (route is not None or older_than is not None):
+        raise click.UsageError("--temporary goes with no other choice")
     if not temporary and not yes:
         if not is_terminal(sys.stdin):
             raise click.UsageError("this forgets sticky results too: say --yes, or --temporary to keep those")
-        click.confirm("Forget every cached result, sticky ones too?", abort=True, err=True)
+        what = "every cached result" if route is None and older_than is None else "these cached results"
+        click.confirm(f"Forget {what}, sticky ones too?", abort=True, err=True)
     with target.manager() as rm:
-        cleared = rm.cache.clear_temporary() if temporary else rm.cache.clear()
+        cleared = rm.cache.clear_temporary() if temporary else rm.cache.clear(route=route, older_than=older_than)
     click.echo(f"{cleared} results forgotten")
+
+
+@cache.command()
+@on_server
+@click.argument("tags", nargs=-1, required=True, metavar="TAG...")
+def invalidate(target: Target, tags: tuple[str, ...]) -> None:
+    """Forget the cached results that carry one of these tags, sticky ones too."""
+    with target.manager() as rm:
+        cleared = rm.cache.invalidate(tags)
+    click.echo(f"{cleared} results forgotten")
+
+
+@cache.command()
+@on_server
+@keys_argument
+def pin(target: Target, keys: tuple[str, ...]) -> int:
+    """Make results sticky."""
+    return each_key(target, keys, lambda rm, key: _retained(rm.cache.pin(key), "pinned"))
+
+
+@cache.command()
+@on_server
+@keys_argument
+@click.option("--ttl", type=float, metavar="SECONDS", help="So long from now; else RQARM_TTL.")
+def unpin(target: Target, keys: tuple[str, ...], ttl: float | None) -> int:
+    """Let results expire."""
+    return each_key(target, keys, lambda rm, key: _retained(rm.cache.unpin(key, ttl), "unpinned"))
+
+
+@cache.command("ttl")
+@on_server
+@click.argument("seconds", type=float)
+@keys_argument
+def set_ttl(target: Target, seconds: float, keys: tuple[str, ...]) -> int:
+    """Let results expire so many seconds from now, sooner or later than before."""
+    return each_key(
+        target, keys, lambda rm, key: _retained(rm.cache.set_ttl(key, seconds), f"expires in {seconds:g} s")
+    )
+
+
+def _retained(is_done: bool, word: str) -> tuple[int, str]:
+    return (0, word) if is_done else (FAILURE, "has no result")
+
+
+@cache.command()
+@on_server
+@click.option("--sample", type=click.IntRange(1, 2_000), default=500, show_default=True, help="Entries to look at.")
+@as_json
+def overview(target: Target, sample: int, is_json: bool) -> None:
+    """Say what fills the cache: times to live, ages, routes, the largest."""
+    with target.manager() as rm:
+        seen = rm.cache.overview(sample=sample)
+        largest = [{**entry.to_dict(), "status": document_of(entry.status, rm.settings)} for entry in seen.largest]
+        rows = [(size(entry.size), entry.status.key, shown_uri(entry.status, rm.settings)) for entry in seen.largest]
+    if is_json:
+        print_json({**seen.to_dict(), "largest": largest})
+        return
+    print_pairs(
+        [
+            ("entries", f"{seen.temporary} temporary, {seen.sticky} sticky, {size(seen.bytes)}"),
+            ("live for", _ranges(seen.ttl)),
+            ("ages", f"{_ranges(seen.ages)} (of {seen.sampled} looked at)"),
+            ("kinds", ", ".join(f"{share.name} {share.entries}" for share in seen.kinds) or "none"),
+        ]
+    )
+    click.echo(f"\nRoutes, of {seen.sampled} looked at:")
+    print_table(("ENTRIES", "BYTES", "ROUTE"), [(str(s.entries), size(s.size), s.name) for s in seen.routes])
+    click.echo("\nThe largest:")
+    print_table(("BYTES", "KEY", "URI"), rows)
+
+
+def _ranges(ranges: tuple[Range, ...]) -> str:
+    counted = [each for each in ranges if each.count]
+    return (
+        ", ".join(
+            f"to {duration(each.upto)}: {each.count}" if each.upto is not None else f"longer: {each.count}"
+            for each in counted
+        )
+        or "none"
+    )
 
 
 @click.command()

@@ -31,7 +31,7 @@ from rqarm.model import Outcome
 #: part of maxmemory from which on it is worth a word
 NEARLY_FULL = 0.9
 #: statistics that the scripts keep under a name of their own, beside one for each family of requests
-STATISTICS = ("submissions", "executions", "sweeps", "cache", "runtime")
+STATISTICS = ("submissions", "executions", "sweeps", "cache", "runtime", "refusals", "removals")
 
 
 class Verdict(StrEnum):
@@ -206,7 +206,7 @@ def _queues(client: redis.Redis, stats: Stats, default: str) -> Iterator[Finding
             text = f"{queue}: none is alive, so delayed retries wait; start a worker without --no-scheduler"
             yield Finding("scheduler", _none_alive(delayed), text)
     if stats.quarantined:
-        text = f"{stats.quarantined} requests set aside: rqarm ls --state quarantined"
+        text = f"{stats.quarantined} requests set aside: rqarm quarantine list"
         yield Finding("quarantine", Verdict.WARNING, text)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from rqarm import flows
+from rqarm.cli.bulk import submit_from
 from rqarm.cli.common import (
     FAILURE,
     NO_SERVER,
@@ -34,7 +35,7 @@ from rqarm.cli.common import (
     tell,
 )
 from rqarm.cli.values import read_value, write_value
-from rqarm.cli.waiting import follow, going_on, progress_of, wait_for
+from rqarm.cli.waiting import each_ended, follow, going_on, progress_of, wait_for
 from rqarm.config import Settings
 from rqarm.errors import RequestFailed, RqarmError, WaitTimeout
 from rqarm.manager import RequestManager
@@ -70,6 +71,13 @@ queue_option = click.option("-q", "--queue", metavar="QUEUE", help="The queue; R
 @click.command()
 @on_server
 @click.argument("uri", default="", required=False)
+@click.option(
+    "--from",
+    "source",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    help="Submit every line of it, a URI or a JSON object; - is stdin.",
+)
 @params
 @operation
 @click.option("--sticky", is_flag=True, help="The result stays until it is cleared.")
@@ -85,6 +93,7 @@ queue_option = click.option("-q", "--queue", metavar="QUEUE", help="The queue; R
 def submit(
     target: Target,
     uri: str,
+    source: str | None,
     params: tuple[tuple[str, str], ...],
     is_waiting: bool,
     timeout: float | None,
@@ -97,7 +106,18 @@ def submit(
 
     Prints the outcome (new, joined, hit, stale, negative, refused), the key and the state. With --wait that goes to
     stderr, and the value to stdout.
+
+    --from FILE: a line is a URI, or JSON like {"uri": "/a", "params": {"x": "1"}, "ttl": 60, "payload": ...}. Lines
+    that are wrong are told with their number, and the others are submitted. Prints how many had each outcome; with
+    --json a status per line. --wait waits until all have ended, and writes no values.
     """
+    if source is not None:
+        given = {"URI": uri, "--param": params, "--key": options.pop("key"), "--again": again, "--output": output}
+        if wrong := [name for name, value in given.items() if value]:
+            raise click.UsageError(f"{', '.join(wrong)} cannot be combined with --from")
+        with target.manager() as rm:
+            is_waiting = is_waiting or timeout is not None
+            return submit_from(rm, source, options, is_waiting=is_waiting, timeout=timeout, is_json=is_json)
     request = BatchRequest(uri, params or None, **options)
     with target.manager() as rm:
         status = rm.resubmit(request) if again else rm.submit(request)
@@ -223,7 +243,7 @@ def _print_status(status: BatchStatus, settings: Settings) -> None:
     if status.position:
         pairs.append(("position", status.position))
     if status.progress is not None and status.state is State.IN_PROGRESS:
-        pairs.append(("progress", f"{status.progress:.0%}"))
+        pairs.append(("progress", f"{status.progress:.0%} {status.progress_message}"))
     if status.eta is not None:
         pairs.append(("eta", f"about {duration(status.eta)}"))
     if status.attempts:
@@ -233,7 +253,7 @@ def _print_status(status: BatchStatus, settings: Settings) -> None:
     if status.sticky:
         pairs.append(("sticky", "yes"))
     if status.quarantined:
-        pairs.append(("quarantined", "yes"))
+        pairs.append(("quarantined", status.reason))
     if status.error:
         pairs.append(("error", f"{status.error.get('type', '')}: {status.error.get('message', '')}"))
     print_pairs(pairs)
@@ -384,7 +404,7 @@ def wait(target: Target, keys: tuple[str, ...], timeout: float | None, is_json: 
                 print_json([document_of(found, rm.settings) for found in statuses])
                 return max(exit_code_of(found) for found in statuses)
             code = 0
-            for found in rm.as_completed(names, timeout):
+            for found in each_ended(rm, names, timeout):
                 click.echo(f"{found.key} {found.state}")
                 code = max(code, exit_code_of(found))
     return code
@@ -395,7 +415,7 @@ def wait(target: Target, keys: tuple[str, ...], timeout: float | None, is_json: 
 @keys_argument
 def cancel(target: Target, keys: tuple[str, ...]) -> int:
     """End requests for everybody who waits for them."""
-    return _each(target, keys, lambda rm, key: (0, "cancelled" if rm.cancel(key) else "has ended already"))
+    return each_key(target, keys, lambda rm, key: (0, "cancelled" if rm.cancel(key) else "has ended already"))
 
 
 @click.command()
@@ -406,10 +426,10 @@ def forget(target: Target, keys: tuple[str, ...]) -> int:
 
     What is still in flight stays (exit code 3): cancel it first.
     """
-    return _each(target, keys, lambda rm, key: (0, "forgotten") if rm.forget(key) else (FAILURE, "unknown"))
+    return each_key(target, keys, lambda rm, key: (0, "forgotten") if rm.forget(key) else (FAILURE, "unknown"))
 
 
-def _each(target: Target, keys: tuple[str, ...], do: Callable[[RequestManager, Key], tuple[int, str]]) -> int:
+def each_key(target: Target, keys: tuple[str, ...], do: Callable[[RequestManager, Key], tuple[int, str]]) -> int:
     """Do it with every key, whatever becomes of the others; the worst exit code."""
     worst = 0
     with target.manager() as rm:

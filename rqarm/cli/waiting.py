@@ -12,6 +12,7 @@ from typing import Self
 import click
 
 from rqarm.cli.common import INTERRUPTED, complain, duration, is_terminal, plain
+from rqarm.errors import WaitTimeout
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, State
 
@@ -57,6 +58,31 @@ def follow(rm: RequestManager, key: str, timeout: float | None) -> Iterator[Batc
         rm.wait(key, left)
 
 
+def each_ended(rm: RequestManager, keys: Sequence[str], timeout: float | None) -> Iterator[BatchStatus]:
+    """As ``rm.as_completed``; on a terminal with a line that says how far they are."""
+    if not is_terminal(sys.stderr):
+        yield from rm.as_completed(keys, timeout)
+        return
+    deadline = None if timeout is None else time.monotonic() + timeout
+    waiting = list(dict.fromkeys(keys))
+    total = len(waiting)
+    with Line() as line:
+        while True:
+            left = LOOK if deadline is None else max(0.0, min(LOOK, deadline - time.monotonic()))
+            statuses = rm.wait(waiting, left)
+            ended = [status for status in statuses if not status.state.in_flight]
+            if ended:
+                line.clear()
+            yield from ended
+            waiting = [status.key for status in statuses if status.state.in_flight]
+            if not waiting:
+                return
+            first = rm.full_status(waiting[0])
+            if deadline is not None and time.monotonic() >= deadline:
+                raise WaitTimeout(first.key, first.state, timeout or 0.0)
+            line.draw(progress_of(first) if total == 1 else f"{bar(1 - len(waiting) / total)} of {total} have ended")
+
+
 class Line:
     """One line on stderr that is drawn over and gone at the end."""
 
@@ -69,13 +95,18 @@ class Line:
         sys.stderr.flush()
         self._drawn = len(text)
 
+    def clear(self) -> None:
+        """Make room for a line on stdout."""
+        if self._drawn:
+            sys.stderr.write(f"\r{'':<{self._drawn}}\r")
+            sys.stderr.flush()
+            self._drawn = 0
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._drawn:
-            sys.stderr.write(f"\r{'':<{self._drawn}}\r")
-            sys.stderr.flush()
+        self.clear()
 
 
 def progress_of(status: BatchStatus) -> str:
@@ -85,11 +116,18 @@ def progress_of(status: BatchStatus) -> str:
         text += f", number {status.position} in line"
     fraction = _fraction(status)
     if status.state is State.IN_PROGRESS and fraction is not None:
-        done = round(fraction * BAR_CHARS)
-        text += f" [{'#' * done}{'-' * (BAR_CHARS - done)}] {fraction:.0%}"
+        text += f" {bar(fraction)}"
+    if status.state is State.IN_PROGRESS and status.progress_message:
+        text += f" {status.progress_message}"
     if status.state.in_flight and status.eta:
         text += f", about {duration(status.eta)}"
     return plain(text)
+
+
+def bar(fraction: float) -> str:
+    """``[######------] 50%``."""
+    done = round(fraction * BAR_CHARS)
+    return f"[{'#' * done}{'-' * (BAR_CHARS - done)}] {fraction:.0%}"
 
 
 def _fraction(status: BatchStatus) -> float | None:

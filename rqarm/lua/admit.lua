@@ -17,12 +17,13 @@
 -- ARGV data      bytes  what is not text in them
 -- ARGV recall    str    RQ's own commands that queue it at the front, once there is a place
 -- ARGV delay_ms  int    when RQ's scheduler queues it anyway
+-- ARGV job       str    RQ's job hash of the old ticket, to delete; '' = an RQ worker does that
 --
 -- Returns {'admitted'} | {'parked'} | {'lost', state}
 
 local status = KEYS[1]
 local key, token, limit, max = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
-local job_id, commands, data, recall, delay_ms = ARGV[6], ARGV[7], ARGV[8], ARGV[9], tonumber(ARGV[10])
+local job_id, commands, data, recall, delay_ms, job = ARGV[6], ARGV[7], ARGV[8], ARGV[9], tonumber(ARGV[10]), ARGV[11]
 
 -- How long the place of somebody who was called is kept from those behind it.
 local KEPT_MS = 10000
@@ -69,7 +70,7 @@ if taken < max or displace() then
   redis.call('ZADD', running_name(limit), int(now_ms), key)
   return {'admitted'}
 end
-requeue(key, claim, job_id, commands, data)
+requeue(key, claim, job_id, commands, data, job)
 redis.call('HINCRBY', status, 'attempts', -1)
 redis.call('HSET', status, 'limit', limit, 'recall', recall, 'recall_data', data, 'due_ms', int(now_ms + delay_ms))
 redis.call('ZADD', parked_name(limit), int(score_of(claim)), key)

@@ -15,18 +15,29 @@
 -- ARGV chunks      int    0 = the bytes are in the envelope
 -- ARGV envelope    str    what the bytes are, a line for each field
 -- ARGV bytes       bytes  of a small result
+-- ARGV follow_up   bytes  the callback: kind, key, identity, request, job id, RQ's commands, data, and for how many ms it
+--   may need the chunks, to the end. Nothing: there is none. Only '': the caller gets the payloads
 --
--- Returns {'stored'} | {'already'} | {'lost', state} | {'torn', missing}
+-- Returns {'stored', payloads} | {'already', payloads} | {'lost', state} | {'torn', missing}
 
 local status = KEYS[1]
 local key, token, sticky, ttl_ms = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local family, job, size_bytes, chunks = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
 local envelope, bytes = ARGV[10], ARGV[11]
+local follow_up = {unpack(ARGV, 12)}
 
-local claim = record(key, 'state', 'token', 'sticky', 'ttl_ms', 'fallback_ttl_ms', 'started_ms', 'queue', 'slot',
-  'est_ms', 'done_token', 'limit', 'pushed_ms')
+-- How long the payloads that the caller gets can be had again, should the answer be lost.
+local HANDED_MS = 60000
 
-if claim.state == 'completed' and claim.done_token == token then return {'already'} end
+local claim = record(key, 'state', 'token', 'sticky', 'ttl_ms', 'fallback_ttl_ms', 'started_ms', 'queue', 'priority',
+  'slot', 'est_ms', 'done_token', 'limit', 'pushed_ms', 'emitted')
+
+-- They lie under a name of this attempt: who submits the request anew must not find them.
+local handed = follow_up[1] == '' and callbacks_name(key .. ':' .. token)
+
+if claim.state == 'completed' and claim.done_token == token then
+  return {'already', handed and redis.call('HVALS', handed)}
+end
 if claim.state ~= 'in_progress' or claim.token ~= token then
   count_refusal(claim, token)
   return {'lost', claim.state or 'unknown'}
@@ -42,8 +53,26 @@ if life_ms == 0 then life_ms = tonumber(claim.fallback_ttl_ms) end
 
 make_room(key, claim)
 commit(key, token, token, keep, life_ms, size_bytes, chunks, envelope, bytes)
+if claim.emitted then expire_at(emitted_name(key), not keep and now_ms + life_ms or nil) end
+local payloads
+if handed then
+  payloads = redis.call('HVALS', callbacks_name(key))
+  if #payloads > 0 then
+    redis.call('RENAME', callbacks_name(key), handed)
+    redis.call('PEXPIRE', handed, HANDED_MS)
+  end
+elseif follow_up[1] then
+  -- The callback has the result in a place of its own, so neither a short life nor a forget takes it away. Pieces are too
+  -- large for that: they live longer.
+  local is_small, needed_ms = chunks == 0, tonumber(follow_up[8])
+  follow(key, follow_up, claim, false, {'owner', token, 'envelope', envelope, is_small and 'bytes' or 'chunks',
+    is_small and bytes or int(chunks)})
+  if not keep and life_ms < needed_ms then
+    for n = 0, chunks - 1 do expire_at(chunk_name(key, token, n), now_ms + needed_ms) end
+  end
+end
 redis.call('UNLINK', callbacks_name(key), unpack(job ~= '' and {job} or {}))
 learn(family, now_ms - tonumber(claim.started_ms))
 count_end('completed', claim, family, size_bytes)
 event('complete', key, 'completed')
-return {'stored'}
+return {'stored', payloads}

@@ -14,12 +14,13 @@
 -- ARGV delay_ms      int    0 = at once
 -- ARGV max_attempts  int    crashes after which it is set aside
 -- ARGV error         bytes  packed: what is known of the death
+-- ARGV note          bytes  packed: what else is known of the request, for who finds it set aside
 --
 -- Returns {'requeued', crashes} | {'quarantined', crashes} | {'already'} | {'alive', state}
 
 local status = KEYS[1]
 local key, token, job_id, commands, data = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-local delay_ms, max_attempts, err = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
+local delay_ms, max_attempts, err, note = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9], ARGV[10]
 
 local claim = record(key, 'state', 'token', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms', 'crashes',
   'lease_until', 'aside_by', 'limit')
@@ -33,7 +34,7 @@ if claim.state ~= 'in_progress' or not dead then return {'alive', claim.state or
 local crashes = redis.call('HINCRBY', status, 'crashes', 1)
 local outcome
 if crashes >= max_attempts then
-  set_aside(key, claim, err)
+  set_aside(key, claim, err, 'poison', note)
   redis.call('HSET', status, 'aside_by', job_id)
   outcome = 'quarantined'
 else

@@ -294,16 +294,35 @@ local function retire(old_job_id, job_id, commands)
   if redis.call('PTTL', replaced) == -1 then redis.call('PEXPIRE', replaced, TICKET_KEPT_MS) end
 end
 
--- A claim goes back to pending behind a new ticket. Its place in line is that of the old one.
-local function requeue(key, fields, job_id, commands, data)
-  retire(fields.job_id, job_id, commands)
+-- What an attempt has emitted: a list behind a head, 'token:first:bytes', which says whose they are, the number of the first
+-- that is kept, and their size. The record names the attempt too, so a list that was left behind counts for nothing.
+local function kept_emissions(key, token)
+  local head = token and redis.call('LINDEX', emitted_name(key), 0) or ''
+  local owner, first, bytes = string.match(head, '^(%d+):(%d+):(%d+)$')
+  if not owner or owner ~= token then return 1, 0, 0 end
+  return tonumber(first), redis.call('LLEN', emitted_name(key)) - 1, tonumber(bytes)
+end
+
+-- The attempt that emitted or told its progress is over, and another will begin: its followers hear of it.
+local function withdraw_emissions(key)
+  if redis.call('HDEL', status_name(key), 'emitted', 'progress') > 0 then
+    redis.call('UNLINK', emitted_name(key))
+    redis.call('PUBLISH', told_name(key), 'restart')
+  end
+end
+
+-- A claim goes back to pending behind a new ticket. Its place in line is that of the old one. `job`: RQ's job hash of the
+-- old ticket, which ends with the attempt; none or '' = somebody else may be at it.
+local function requeue(key, fields, job_id, commands, data, job)
+  if job and job ~= '' then redis.call('UNLINK', job) else retire(fields.job_id, job_id, commands) end
   leave_line(key, fields)
   if fields.limit then vacate(key, fields.limit) end
   redis.call('ZREM', leases_name(), key)
   local ticket, priority = tonumber(fields.ticket), tonumber(fields.priority)
   local slot = line_up(key, fields.queue, priority, ticket, tonumber(fields.est_ms) or 0, fields.slot)
   redis.call('HSET', status_name(key), 'state', 'pending', 'job_id', job_id, 'slot', slot, 'pushed_ms', int(now_ms))
-  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'worker', 'progress')
+  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'worker')
+  withdraw_emissions(key)
   replay(commands, data)
 end
 
@@ -317,6 +336,7 @@ local function begin(key, fields, exec, worker, lease_ms)
   if fields.state == 'failed' then
     redis.call('PERSIST', status)
     redis.call('PERSIST', callbacks_name(key))
+    redis.call('PERSIST', followup_name(key))
     redis.call('HDEL', status, 'ended_ms')
   end
   if fields.due_ms then redis.call('HDEL', status, 'due_ms') end
@@ -328,10 +348,18 @@ local function begin(key, fields, exec, worker, lease_ms)
   event('start', key, 'in_progress')
 end
 
+-- Out of the quarantine, whatever the reason. Who has not been told of it by now will not be.
+local function readmit(key)
+  redis.call('ZREM', quarantine_name(), key)
+  redis.call('ZREM', unattended_name('failure'), key)
+  redis.call('ZREM', unattended_name('quarantine'), key)
+end
+
 -- The ticket of a failed request was put back: it starts anew.
 local function revoke_failure(key, fields)
-  redis.call('HDEL', status_name(key), 'error', 'quarantined', 'negative_until', 'crashes', 'retries')
-  redis.call('ZREM', quarantine_name(), key)
+  redis.call('HDEL', status_name(key), 'error', 'quarantined', 'note', 'negative_until', 'crashes', 'retries')
+  withdraw_emissions(key)
+  readmit(key)
   fields.crashes, fields.retries = nil, nil
 end
 
@@ -362,11 +390,43 @@ local function expire_at(name, deadline_ms)
   if deadline_ms then redis.call('PEXPIREAT', name, int(deadline_ms)) else redis.call('PERSIST', name) end
 end
 
-local function set_aside(key, fields, err)
+-- Why a request is set aside. After these nothing runs it but somebody's decision; after the others a submit may. '1' is
+-- what an earlier form wrote for poison.
+local BLOCKING = {['1'] = true, poison = true, asked = true}
+
+local function set_aside(key, fields, err, reason, note)
   land(key, fields)
-  redis.call('HSET', status_name(key), 'state', 'failed', 'quarantined', '1', 'ended_ms', int(now_ms), 'error', err)
+  redis.call('HSET', status_name(key), 'state', 'failed', 'quarantined', reason, 'ended_ms', int(now_ms), 'error', err)
+  if note and note ~= '' then redis.call('HSET', status_name(key), 'note', note) end
   redis.call('ZADD', quarantine_name(), int(now_ms), key)
+  -- Whoever sees the death need not know the routes: a worker that does tells those who want to hear of it.
+  local since = int(next_seq())
+  redis.call('ZADD', unattended_name('failure'), since, key)
+  redis.call('ZADD', unattended_name('quarantine'), since, key)
   wake(key, 'failed')
+end
+
+-- Too many are set aside: the oldest go, those first after which a submit may run the request anyhow. A flood of failures
+-- must not let a killer out.
+local function trim_quarantine(keep, most)
+  local surplus = math.min(redis.call('ZCARD', quarantine_name()) - keep, most)
+  if surplus <= 0 then return end
+  local free, kept = {}, {}
+  for _, key in ipairs(redis.call('ZRANGE', quarantine_name(), 0, 99)) do
+    local list = BLOCKING[look_at(key, 'quarantined').quarantined or ''] and kept or free
+    list[#list + 1] = key
+  end
+  for i = 1, surplus do
+    local key = free[i] or kept[i - #free]
+    if not key then break end
+    redis.call('UNLINK', status_name(key), callbacks_name(key), followup_name(key), emitted_name(key))
+    readmit(key)
+  end
+end
+
+-- RQ's own commands that delete a job: a JSON list of commands, each a list of strings.
+local function dismiss(commands)
+  for _, command in ipairs(cjson.decode(commands)) do redis.call(unpack(command)) end
 end
 
 -- Bytes of what is stored, and of that what is sticky.
@@ -396,6 +456,42 @@ local function drop_result(key, reason)
   drop_index(key, reason or 'replaced')
 end
 
+-- A claim is written: the record, its place in line, RQ's job.
+local function enter(key, uri, request, job_id, commands, data, queue, priority, ticket, est_ms, sticky, ttl_ms,
+  fallback_ttl_ms)
+  local slot = line_up(key, queue, priority, ticket, est_ms)
+  redis.call('HSET', status_name(key), 'state', 'pending', 'request', request, 'job_id', job_id, 'queue', queue,
+    'priority', int(priority), 'sticky', sticky, 'ttl_ms', int(ttl_ms), 'fallback_ttl_ms', int(fallback_ttl_ms),
+    'est_ms', int(est_ms), 'ticket', int(ticket), 'slot', slot, 'submitted_ms', int(now_ms), 'pushed_ms', int(now_ms),
+    uri_fields(uri))
+  replay(commands, data)
+  event('submit', key, 'pending')
+end
+
+-- In steps, because unpack has a limit.
+local function copy_hash(from, to)
+  local flat = redis.call('HGETALL', from)
+  for i = 1, #flat, 4000 do redis.call('HSET', to, unpack(flat, i, math.min(i + 3999, #flat))) end
+end
+
+-- Follow-ups: requests about a request that has ended, each given as its kind and six values. The payloads go with them; a
+-- copy, where the request may run again. What else they must know is in `about`, field and value.
+local function follow(key, follow_ups, fields, is_copy, about)
+  for i = 1, #follow_ups - 6, 7 do
+    local kind, follow_up, uri, request, job_id, commands, data = unpack(follow_ups, i, i + 6)
+    if kind ~= 'callback' then redis.call('ZREM', unattended_name(kind), key) end
+    if is_copy or i + 7 < #follow_ups then
+      copy_hash(callbacks_name(key), callbacks_name(follow_up))
+    elseif redis.call('EXISTS', callbacks_name(key)) == 1 then
+      redis.call('RENAME', callbacks_name(key), callbacks_name(follow_up))
+      redis.call('PERSIST', callbacks_name(follow_up))
+    end
+    redis.call('HSET', followup_name(follow_up), 'of', key, unpack(about))
+    enter(follow_up, uri, request, job_id, commands, data, fields.queue, tonumber(fields.priority), next_seq(), 0, '0',
+      0, 0)
+  end
+end
+
 -- The life of a stored result, its record and its chunks, all with one deadline. No deadline: sticky.
 local function expire_together(key, owner, chunks, deadline_ms)
   for n = 0, chunks - 1 do expire_at(chunk_name(key, owner, n), deadline_ms) end
@@ -409,6 +505,7 @@ local function set_deadline(key, deadline_ms)
   if was_sticky ~= not deadline_ms then
     redis.call('HINCRBY', stats_name('cache'), 'sticky_bytes', int(was_sticky and -size or size))
   end
+  expire_at(emitted_name(key), deadline_ms)
   local stored = redis.call('HMGET', result_name(key), 'owner', 'chunks')
   expire_together(key, stored[1], tonumber(stored[2]) or 0, deadline_ms)
 end
@@ -435,7 +532,7 @@ local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks
   redis.call('HSET', status_name(key), 'state', 'completed', 'ended_ms', int(now_ms), 'sticky', sticky and '1' or '0',
     'done_token', done_token)
   -- Of a flight only what readers see stays, and what a repeated submit or complete is known by.
-  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress', 'error', 'quarantined', 'negative_until', 'kwargs', 'ticket', 'slot', 'ttl_ms',
+  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress', 'error', 'quarantined', 'note', 'negative_until', 'kwargs', 'ticket', 'slot', 'ttl_ms',
     'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms')
   -- One that has expired stands in the indexes until the sweep looks; its size must not count for ever.
   if redis.call('ZADD', sizes_name(), 'NX', size_bytes, key) == 0 then

@@ -44,8 +44,8 @@ if claim.state then
 else
   redis.call('HSET', status, 'queue', queue, 'priority', '1', 'submitted_ms', int(now_ms))
 end
-redis.call('ZREM', quarantine_name(), key)
-redis.call('UNLINK', callbacks_name(key))
+readmit(key)
+redis.call('UNLINK', callbacks_name(key), emitted_name(key))
 -- A result that was evicted still stands in the indexes.
 if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key, 'lost') end
 commit(key, owner, claim.done_token or owner, sticky == '1', ttl_ms, size_bytes, chunks, envelope, bytes)

@@ -24,8 +24,7 @@ if claim.state ~= 'in_progress' or claim.token ~= token then
   return {'lost', claim.state or 'unknown'}
 end
 
-requeue(key, claim, job_id, commands, data)
-if job ~= '' then redis.call('UNLINK', job) end
+requeue(key, claim, job_id, commands, data, job)
 redis.call('HINCRBY', status, 'attempts', -1)
 count('executions', 'released')
 event('release', key, 'pending')

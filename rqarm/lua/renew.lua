@@ -1,4 +1,4 @@
--- renew: keep an attempt for another lease, and note how far it is.
+-- renew: keep an attempt for another lease, and note how far it is; then wake those who follow.
 --
 -- FLAGS allow-oom
 -- KEYS status    hash   state, token, lease_until
@@ -23,5 +23,8 @@ end
 local lease_until = int(now_ms + lease_ms)
 redis.call('ZADD', leases_name(), lease_until, key)
 redis.call('HSET', status, 'lease_until', lease_until, 'lease_ms', int(lease_ms))
-if progress ~= '' then redis.call('HSET', status, 'progress', progress) end
+if progress ~= '' then
+  redis.call('HSET', status, 'progress', progress)
+  redis.call('PUBLISH', told_name(key), 'progress')
+end
 return {'renewed', lease_until}

@@ -27,8 +27,7 @@ if claim.state ~= 'in_progress' or claim.token ~= token then
   return {'lost', claim.state or 'unknown'}
 end
 
-requeue(key, claim, job_id, commands, data)
-if job ~= '' then redis.call('UNLINK', job) end
+requeue(key, claim, job_id, commands, data, job)
 redis.call('HINCRBY', status, 'retries', 1)
 redis.call('HSET', status, 'error', err)
 if kwargs ~= '' then redis.call('HSET', status, 'kwargs', kwargs) end

@@ -53,7 +53,7 @@ end
 local function passes(key, kind, is_exact)
   local v = redis.pcall('HMGET', status_name(key), 'state', 'quarantined', 'queue', 'tags', 'uri', 'uri_2', 'uri_3')
   if v.err or not v[1] then return false end
-  local is_aside = v[1] == 'failed' and v[2] == '1'
+  local is_aside = v[1] == 'failed' and v[2] ~= false
   if kind and not belongs(kind, v[1], is_aside) then return false end
   if state == 'quarantined' and not is_aside then return false end
   if state ~= '' and state ~= 'quarantined' and v[1] ~= state then return false end

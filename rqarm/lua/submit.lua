@@ -25,6 +25,7 @@
 -- ARGV max_attempts     int    crashes after which a request is set aside
 -- ARGV again            0|1    run again whatever is cached
 -- ARGV tags             str    a line each, with a line break before the first; '' = none
+-- ARGV more             bytes  further payload ids and payloads in turn, to the end
 --
 -- Returns {'new', record, fresh} | {'joined', record} | {'hit', record, result} | {'negative', record}
 -- Returns {'refused', record, pending} | {'conflict', uri} | {'corrupt', state}
@@ -82,9 +83,12 @@ end
 
 -- PRELUDE
 
+local more = {unpack(ARGV, 22)}
+
 local function keep_payload()
   if payload_id ~= '' then
     redis.call('HSETNX', callbacks_name(key), payload_id, payload)
+    for i = 1, #more, 2 do redis.call('HSETNX', callbacks_name(key), more[i], more[i + 1]) end
     redis.call('PERSIST', callbacks_name(key))
   end
 end
@@ -141,23 +145,17 @@ local function claim_it()
     if state == 'completed' or redis.call('EXISTS', result_name(key)) == 1 then
       drop_result(key, redis.call('EXISTS', result_name(key)) == 0 and 'lost' or 'replaced')
     end
-    redis.call('DEL', status)
+    redis.call('DEL', status, emitted_name(key))
     redis.call('PERSIST', callbacks_name(key))
-    redis.call('ZREM', quarantine_name(), key)
+    readmit(key)
   end
   if est_ms == 0 then
     local learned = redis.call('HMGET', stats_name('runtime'), family, '*')
     est_ms = tonumber(learned[1] or nil) or tonumber(learned[2] or nil) or 0
   end
-  local slot = line_up(key, queue, priority, ticket, est_ms)
-  redis.call('HSET', status, 'state', 'pending', 'request', request, 'job_id', job_id, 'queue', queue,
-    'priority', int(priority), 'sticky', sticky, 'ttl_ms', int(ttl_ms), 'fallback_ttl_ms', int(fallback_ttl_ms),
-    'est_ms', int(est_ms), 'ticket', int(ticket), 'slot', slot, 'submitted_ms', int(now_ms), 'pushed_ms', int(now_ms),
-    uri_fields(uri))
-  if tags ~= '' then index_tags(key, tags) end
   keep_payload()
-  replay(commands, data)
-  event('submit', key, 'pending')
+  enter(key, uri, request, job_id, commands, data, queue, priority, ticket, est_ms, sticky, ttl_ms, fallback_ttl_ms)
+  if tags ~= '' then index_tags(key, tags) end
 end
 
 local outcome, extra
@@ -182,7 +180,7 @@ elseif state == 'pending' or state == 'in_progress' then
   elseif state == 'in_progress' and not is_live and strikes + 1 >= max_attempts then
     redis.call('HINCRBY', status, 'crashes', 1)
     keep_payload()
-    set_aside(key, claim, '')
+    set_aside(key, claim, '', 'poison')
     count('executions', 'crashed')
     event('crash', key, 'failed')
     outcome = 'negative'
@@ -201,7 +199,8 @@ elseif state == 'pending' or state == 'in_progress' then
     end
     outcome = 'joined'
   end
-elseif again == '0' and state == 'failed' and (claim.quarantined or tonumber(claim.negative_until or 0) > now_ms) then
+elseif again == '0' and state == 'failed'
+  and (BLOCKING[claim.quarantined or ''] or tonumber(claim.negative_until or 0) > now_ms) then
   outcome = 'negative'
 elseif state and state ~= 'completed' and state ~= 'failed' and state ~= 'cancelled' then
   outcome, extra = 'corrupt', state

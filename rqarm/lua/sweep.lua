@@ -25,6 +25,8 @@ local queue, cursor, limit, lease_ms = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV
 local job_prefix, keep, lists = ARGV[6], tonumber(ARGV[7]), {unpack(ARGV, 8)}
 
 local LOOKED_AT, TAKERS_KEPT = 1000, 10000
+-- How long a failure waits for a worker that wants to be told of it.
+local UNATTENDED_KEPT_US = 24 * 60 * 60 * 1000000
 local WAITING = {queued = true, deferred = true, started = true}
 
 local lapsed, ticketless = {}, {}
@@ -88,12 +90,11 @@ local function tidy()
   for _, key in ipairs(redis.call('ZRANGEBYSCORE', results_name(), '-inf', int(now_ms), 'LIMIT', 0, limit)) do
     if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key, 'expired') end
   end
-  local surplus = redis.call('ZCARD', quarantine_name()) - keep
-  if surplus > 0 then
-    for _, key in ipairs(redis.call('ZRANGE', quarantine_name(), 0, math.min(surplus, limit) - 1)) do
-      redis.call('UNLINK', status_name(key), callbacks_name(key))
-      redis.call('ZREM', quarantine_name(), key)
-    end
+  trim_quarantine(keep, limit)
+  -- Failures of which nobody wants to be told. Their scores are tickets, times in microseconds.
+  for _, name in ipairs({unattended_name('failure'), unattended_name('quarantine')}) do
+    redis.call('ZREMRANGEBYSCORE', name, '-inf', int(now_us - UNATTENDED_KEPT_US))
+    redis.call('ZREMRANGEBYRANK', name, 0, -keep - 1)
   end
 end
 

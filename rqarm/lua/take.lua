@@ -20,10 +20,9 @@
 --   started_ms, uri, uri_2, uri_3} | {'empty', last_event} | {'foreign', list} | {'suspended'}
 -- Returns also: list is '' when this `exec` had started it before.
 
-
+local leases = KEYS[1]
 local prefix, exec, taker, worker, lease_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local job_prefix, suspended, lists = ARGV[6], ARGV[7], {unpack(ARGV, 8)}
-local leases = KEYS[1]
 local is_worker = suspended ~= ''
 
 -- Superseded tickets that are thrown away in one step, at the most.

@@ -10,6 +10,7 @@ The record is the truth; RQ hears of a failure only so that its own tools show i
 from __future__ import annotations
 
 import asyncio
+import atexit
 import inspect
 import logging
 import os
@@ -20,31 +21,43 @@ import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, TypeVar
 
 import redis
 import rq
 from rq.job import Job
 
-from rqarm import codec, flows
-from rqarm.calls import Attempt
+from rqarm import codec, flows, followups
+from rqarm.calls import Attempt, NextUp
 from rqarm.codec import Result
-from rqarm.context import Context, RetryLater
+from rqarm.context import Context, RetryLater, SetAside
 from rqarm.errors import ConfigError, InvalidRequest, LeaseLost, NoHandler, ResultTooLarge, RqarmError, UnpackableResult
 from rqarm.flows import Core
-from rqarm.handlers import Handlers, Match, Route
+from rqarm.handlers import MISS, FollowUpMatch, Handlers, Match, Route
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
+from rqarm.quarantine import note_for, reason_for
 from rqarm.rqjobs import key_of
 from rqarm.shell import Shell
+from rqarm.worker.emitter import Emitter
 from rqarm.worker.limits import ALARM_DELAY, Alarm, Interruptible, await_in_time, in_time, time_limit
 from rqarm.worker.loading import load_handlers
+from rqarm.worker.patience import pause_after
 
 log = logging.getLogger("rqarm.worker")
 T = TypeVar("T")
 
 #: errors that the same arguments bring again: retrying them burns workers
-HOPELESS = (ConfigError, InvalidRequest, NoHandler, UnpackableResult, ResultTooLarge)
+HOPELESS = (
+    ConfigError,
+    InvalidRequest,
+    NoHandler,
+    UnpackableResult,
+    ResultTooLarge,
+    SetAside,
+    followups.FollowUpLost,
+)
 #: longest wait in seconds before a server that refused the end of an attempt is told again
 PATIENCE = 1.0
 
@@ -58,6 +71,9 @@ class _Process:
     managers: dict[tuple[str, int], RequestManager]
     runner: asyncio.Runner | None = None
     has_async_resources: bool = False
+    closes_at_exit: bool = False
+    #: two must not build them at the same time
+    building: asyncio.Lock | None = None
 
 
 _process = _Process(os.getpid(), None, {})
@@ -93,11 +109,16 @@ def event_loop() -> asyncio.Runner:
 
 
 async def start_resources() -> None:
-    """Build the async resources of this process, on its event loop. Raises ResourceError."""
+    """Build the async resources of this process, on its event loop, once. Raises ResourceError."""
     process = this_process()
-    if not process.has_async_resources:
-        await handlers().resources.start()
-        process.has_async_resources = True
+    if process.has_async_resources:
+        return
+    if process.building is None:
+        process.building = asyncio.Lock()
+    async with process.building:
+        if not process.has_async_resources:
+            await handlers().resources.start()
+            process.has_async_resources = True
 
 
 def close_resources() -> None:
@@ -106,7 +127,8 @@ def close_resources() -> None:
     if process.handlers is None:
         return
     try:
-        if process.runner is not None and process.has_async_resources:
+        # on the loop also when only some of them could be built
+        if process.runner is not None and process.building is not None:
             process.runner.run(process.handlers.resources.aclose())
         else:
             process.handlers.resources.close()
@@ -144,9 +166,28 @@ def perform(namespace: str, key: str = "") -> None:
     execution = Execution(manager.core, attempt, worker, Hold())
     try:
         with _renewing(manager, execution):
-            drive(execution.flow(), manager.shell, execution)
+            Drive(execution, manager.shell).run(manager.shell.execute)
     finally:
         _sweep_now_and_then(manager)
+        known = this_process().handlers
+        if known is not None and known.resources.are_built:
+            _close_with_the_process(job)
+
+
+def _close_with_the_process(job: Job) -> None:
+    """RQ's Worker forks a process for each job and ends it with os._exit; its SimpleWorker runs all in its own."""
+    process = this_process()
+    try:
+        name = f"{rq.Worker.redis_worker_namespace_prefix}{job.worker_name}"
+        pid = job.connection.hget(name, "pid")
+    except redis.exceptions.RedisError as error:
+        log.warning("resources are not torn down, the worker's record was not read: %s", error)
+        return
+    if pid is not None and int(pid) != os.getpid():
+        close_resources()
+    elif not process.closes_at_exit:
+        process.closes_at_exit = True
+        atexit.register(close_resources)
 
 
 def worker_name(job: Job) -> str:
@@ -157,8 +198,23 @@ def _sweep_now_and_then(manager: RequestManager) -> None:
     """A plain RQ worker has no maintenance of ours: whoever has just run a job looks for the dead, if nobody has."""
     try:
         manager.shell.run(flows.sweep_if_due(manager.core))
+        attend(manager)
     except (redis.exceptions.RedisError, RqarmError) as error:
         log.warning("the sweep did not run: %s", error)
+
+
+def on_failure(core: Core, attempt: Attempt, *, is_set_aside: bool) -> tuple[NextUp, ...]:
+    """Who is to be told when the attempt fails for good."""
+    try:
+        return followups.on_failure(core, attempt, handlers(), is_set_aside=is_set_aside)
+    except ConfigError:
+        return ()  # handlers that cannot be loaded are why it fails
+
+
+def attend(manager: RequestManager) -> None:
+    """See to failures of which nobody has been told. Raises RedisError, RqarmError."""
+    if made := manager.shell.run(followups.attend(manager.core, handlers())):
+        log.info("%d follow-ups of requests whose processes had died were queued", made)
 
 
 @contextmanager
@@ -220,20 +276,22 @@ class Pause:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """A step of an execution: wait until what the handler emitted has been sent."""
+
+    emitter: Emitter
+
+
 #: an execution, step by step
-Steps = Generator[flows.Step | Handle | Pause, Any, None]
-
-
-def drive(steps: Steps, shell: Shell, execution: Execution) -> None:
-    """Run an execution to its end in this thread."""
-    Drive(steps, shell, execution).run(shell.execute)
+Steps = Generator[flows.Step | Handle | Pause | Flush, Any, None]
 
 
 class Drive:
     """An execution on its way, in this thread. It can rest at a step and go on later."""
 
-    def __init__(self, steps: Steps, shell: Shell, execution: Execution) -> None:
-        self._steps, self._shell, self._execution = steps, shell, execution
+    def __init__(self, execution: Execution, shell: Shell) -> None:
+        self._steps, self._shell, self._execution = execution.flow(), shell, execution
         self._answer: Any = None
         self._failure: BaseException | None = None
 
@@ -255,6 +313,8 @@ class Drive:
                     self._answer = self._execution.call(step.match, self._shell)
                 elif isinstance(step, Pause):
                     time.sleep(step.seconds)
+                elif isinstance(step, Flush):
+                    self._execution.flush(step.emitter)
                 else:
                     self._answer = ask(step)
             except BaseException as error:  # noqa: BLE001 -- whatever a handler raises, its request must end
@@ -280,6 +340,8 @@ class Execution:
         #: how the handler can be stopped from another thread
         self.stopper: Interruptible | Alarm | None = None
         self._match: Match | None = None
+        self._context: Context | None = None
+        self._emitter: Emitter | None = None
         #: seconds that the attempt may take
         self.limit = self._limit()
         self._ended = 0.0
@@ -294,14 +356,30 @@ class Execution:
                 self._tell("parked", route)
                 return
             self._check()
-            value = yield Handle(match)
+            given: Match | None = match
+            if isinstance(match, FollowUpMatch):
+                given = yield from self._insist(followups.prepare(self.core, self.attempt, match))
+            value = None if given is None else (yield from self._handle(given))
             self._check()
-            yield from self._insist(flows.finish(self.core, self.attempt, value, sticky=route.sticky, ttl=route.ttl))
+            yield from self._insist(self._finish(match, value))
             self._tell("completed", route)
         except LeaseLost as lost:
             self._tell("given up", route, lost)
         except BaseException as error:  # noqa: BLE001 -- whatever a handler raises, its request must end
             yield from self._end_badly(error, route)
+
+    def _handle(self, match: Match) -> Generator[Any, Any, Any]:
+        try:
+            return (yield Handle(match))
+        finally:
+            if self._emitter is not None and self._emitter.is_busy:
+                yield Flush(self._emitter)
+
+    def _finish(self, match: Match, value: Any) -> flows.Flow[Any]:
+        if isinstance(match, FollowUpMatch):
+            return followups.conclude(self.core, self.attempt)
+        route, follow_up = match.route, followups.callback(self.core, self.attempt, match)
+        return flows.finish(self.core, self.attempt, value, sticky=route.sticky, ttl=route.ttl, follow_up=follow_up)
 
     def _check(self) -> None:
         """A handler that stopped early because the attempt is lost may have returned half of its answer."""
@@ -321,18 +399,30 @@ class Execution:
     def call(self, match: Match, shell: Shell) -> Any:
         """Call the handler in this thread, within its time limit."""
         limit = self.limit
-        context = self.context(lambda *report: self._report(shell, *report))
+        context = self.context(lambda *report: self._report(shell, *report), shell.execute)
         with self.stopper or time_limit(limit, self.spent()):
             value = match.call(self.attempt.request, context)
         if inspect.isawaitable(value):
-            with time_limit(limit, self.spent() - ALARM_DELAY):
-                value = self._run_async(value, limit)
+            value = self._await(value, limit)
+            if value is MISS and not match.handler.is_async:
+                value = self._call_after_all(match, context, limit)
         return self._in_time(value, limit)
+
+    def _await(self, value: Awaitable[Any], limit: float) -> Any:
+        with time_limit(limit, self.spent() - ALARM_DELAY):
+            return self._run_async(value, limit)
+
+    def _call_after_all(self, match: Match, context: Context, limit: float) -> Any:
+        """Call the handler whose async look-up had nothing, in the time that is left."""
+        if isinstance(self.stopper, Alarm):
+            self.stopper.limit = limit - self.spent()
+        with self.stopper or time_limit(limit, self.spent()):
+            return match.call(self.attempt.request, context, has_looked=True)
 
     def _run_async(self, value: Awaitable[Any], limit: float) -> Any:
         """Run an async handler to its end on the loop of this process."""
         if self.loop is not None:
-            return asyncio.run_coroutine_threadsafe(await_in_time(value, limit, self.spent()), self.loop).result()
+            return asyncio.run_coroutine_threadsafe(self._with_resources(value, limit), self.loop).result()
         runner = event_loop()
         try:
             runner.run(start_resources())
@@ -342,8 +432,31 @@ class Execution:
             raise
         return runner.run(await_in_time(value, limit, self.spent()))
 
-    def context(self, report: Callable[[float, str], object]) -> Context:
-        return Context(
+    async def _with_resources(self, value: Awaitable[Any], limit: float) -> Any:
+        try:
+            await start_resources()
+        except BaseException:
+            if inspect.iscoroutine(value):
+                value.close()  # nobody will await it
+            raise
+        return await await_in_time(value, limit, self.spent())
+
+    def context(
+        self,
+        report: Callable[[float, str], object],
+        ask: Callable[[Any], Any],
+        ask_beside: Callable[[Any], Awaitable[Any]] | None = None,
+    ) -> Context:
+        """What the handler gets. ``ask`` answers a step and blocks, ``ask_beside`` is awaited where a loop runs."""
+
+        def emit(value: Any) -> None:
+            if self.hold.is_lost():
+                raise LeaseLost(self.attempt.key, "cancelled or taken over")
+            if self._emitter is None:
+                self._emitter = Emitter(self.core, self.attempt, self.hold.lose, ask, ask_beside)
+            self._emitter.emit(value)
+
+        self._context = Context(
             self.attempt.request,
             self.attempt.key,
             self.attempt.number,
@@ -353,7 +466,16 @@ class Execution:
             self.hold.is_lost,
             self.began + self.limit,
             self.worker,
+            emit=emit,
         )
+        return self._context
+
+    def flush(self, emitter: Emitter) -> None:
+        """Wait in this thread until what an async handler emitted has been sent."""
+        if self.loop is not None:
+            asyncio.run_coroutine_threadsafe(emitter.flush(), self.loop).result()
+        else:
+            event_loop().run(emitter.flush())
 
     def match(self) -> Match:
         """The route that takes the request. Raises NoHandler, InvalidRequest, ConfigError."""
@@ -401,18 +523,19 @@ class Execution:
     # -- the end
 
     def _end_badly(self, error: BaseException, route: Route | None) -> Steps:
-        packed = codec.pack_error(error)
         try:
             delay = self._retry_delay(error, route)
             if delay is not None:
                 kwargs = dict(error.kwargs) if isinstance(error, RetryLater) and error.kwargs else None
-                yield from self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=kwargs))
+                yield from self._insist(
+                    flows.retry(self.core, self.attempt, codec.pack_error(error), delay=delay, kwargs=kwargs)
+                )
                 self._tell(f"retried in {delay:g} s", route, error)
                 return
-            yield from self._fail(packed, route)
+            yield from self._fail(error)
         except UnpackableResult as unpackable:
             # the arguments of a retry: they can never be stored, so this is the end
-            yield from self._fail(codec.pack_error(unpackable), route)
+            yield from self._fail(unpackable)
             error = unpackable
         except LeaseLost as lost:
             self._tell("given up", route, lost)
@@ -431,12 +554,8 @@ class Execution:
             return None
         return rule.delay(self.attempt.retries + 1, random.random)
 
-    def _fail(self, packed: bytes, route: Route | None) -> Steps:
-        failure_ttl = route.failure_ttl if route is not None else None
-        negative_ttl = route.negative_ttl if route is not None else None
-        yield from self._insist(
-            flows.fail(self.core, self.attempt, packed, failure_ttl=failure_ttl, negative_ttl=negative_ttl)
-        )
+    def _fail(self, error: BaseException) -> Steps:
+        yield from self._insist(fail_for_good(self.core, self.attempt, error, self._match))
 
     def _insist(self, flow: flows.Flow[T]) -> Generator[Any, Any, T]:
         """Run a flow around the handler, however often the server refuses, as long as the attempt may be ours.
@@ -448,16 +567,14 @@ class Execution:
 
     def _until_heard(self, step: flows.Step) -> Generator[Any, Any, Any]:
         deadline = time.monotonic() + self.core.settings.lease
-        refusals = 0
-        while True:
+        for refusals in count(1):
             try:
                 return (yield step)
             except redis.exceptions.RedisError as error:
                 if self.hold.is_lost() or time.monotonic() > deadline:
                     self.hold.lose()
                     raise LeaseLost(self.attempt.key, "out of reach") from error
-                refusals += 1
-                pause = min(PATIENCE, 0.05 * 2**refusals) * random.uniform(0.5, 1.0)
+                pause = pause_after(refusals, first=0.1, longest=PATIENCE)
                 log.warning("%s: the server refused, telling it again in %.1f s: %s", self.attempt.key, pause, error)
             yield Pause(pause)
 
@@ -466,7 +583,24 @@ class Execution:
         self.outcome = outcome
         if isinstance(error, LeaseLost):
             outcome, error = f"{outcome} ({error.state})", None
-        tell(self.core, self.attempt, self.worker, route, outcome, self.spent(), error)
+        is_found = self._context is not None and self._context.is_found
+        tell(self.core, self.attempt, self.worker, route, outcome, self.spent(), error, is_found=is_found)
+
+
+def fail_for_good(core: Core, attempt: Attempt, error: BaseException, match: Match | None) -> flows.Flow[None]:
+    """End the request with this error as its route wants it: set aside, or with a record for a while."""
+    route = match.route if match is not None else None
+    reason = reason_for(error, route)
+    yield from flows.fail(
+        core,
+        attempt,
+        codec.pack_error(error),
+        failure_ttl=route.failure_ttl if route is not None else None,
+        negative_ttl=route.negative_for(error) if route is not None else None,
+        reason=reason,
+        note=note_for(match, attempt.kwargs, error) if reason else b"",
+        follow_ups=on_failure(core, attempt, is_set_aside=bool(reason)),
+    )
 
 
 def tell(
@@ -477,8 +611,10 @@ def tell(
     outcome: str,
     ran: float,
     error: BaseException | None = None,
+    *,
+    is_found: bool = False,
 ) -> None:
-    """Log the one line of an attempt. ``record.rqarm`` has it in pieces."""
+    """Log the one line of an attempt. ``record.rqarm`` has it in pieces. ``is_found``: the route's look-up had it."""
     level = logging.INFO if error is None else logging.WARNING
     if not log.isEnabledFor(level):
         return
@@ -493,7 +629,9 @@ def tell(
         "run_s": round(ran, 4),
         "worker": worker,
     }
-    by = name or "no route"
+    if is_found:
+        told["by"] = "lookup"
+    by = f"lookup of {name}" if is_found else name or "no route"
     text = f"{attempt.key} {uri}: {outcome} by {by}, waited {attempt.waited:.3f} s, ran {ran:.3f} s"
     if error is not None:
         told["error"] = {"type": type(error).__name__, "message": str(error)[:300]}

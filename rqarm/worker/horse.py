@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
+from itertools import count, zip_longest
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from rqarm.worker.board import RESTING, Board
 from rqarm.worker.execution import Execution, Hold
 from rqarm.worker.limits import Alarm
 from rqarm.worker.logs import PrintedLines
+from rqarm.worker.patience import pause_after
 from rqarm.worker.shown import fetch_job
 
 if TYPE_CHECKING:
@@ -47,11 +48,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("rqarm.worker")
 
 #: the transitions with which an attempt ends: the next one is taken in the same round trip
-ENDINGS = frozenset({"complete", "fail", "retry", "release"})
+ENDINGS = frozenset({"complete", "conclude", "fail", "retry", "release"})
 #: outcomes of which the transition does not delete RQ's job of the old ticket
-LEAVING_A_JOB = ("given up", "parked")
-#: longest wait in seconds before a server that refused is asked again
-PATIENCE = 5.0
+LEAVING_A_JOB = ("given up",)
 #: seconds below which the requests of a route are quick, on average, and the weight of the newest in that average
 QUICK, NEWEST = 0.005, 0.2
 #: all routes together; no route has this name
@@ -133,14 +132,6 @@ class Waiting:
         self._connections.clear()
 
 
-def pauses() -> Iterator[float]:
-    """Seconds to wait between tries when the server refuses."""
-    refusals = 0
-    while True:
-        refusals += 1
-        yield min(PATIENCE, 0.1 * 2**refusals) * random.uniform(0.5, 1.0)
-
-
 class Lane:
     """One request at a time: the one that runs, and the next, which was taken when that ended."""
 
@@ -148,8 +139,6 @@ class Lane:
         self._horse, self.index = horse, index
         self.number = 0
         self.next: Attempt | None = None
-        #: why nothing was taken, while nobody has asked again
-        self.reason = ""
         self._is_promised = False
 
     def promise(self, holds: bool) -> None:
@@ -183,14 +172,17 @@ class Lane:
         return run
 
     def end(self, run: Execution, *, is_good: bool) -> None:
-        """It has ended; when nothing is next, the parent knows that the lane is free."""
-        horse = self._horse
+        """It has ended."""
+        self.clear()
+        self._horse.ended += 1
+        self._horse.board.count(run.spent(), is_good=is_good)
+
+    def clear(self) -> None:
+        """It is not in hand any more; when nothing is next, the parent knows that the lane is free."""
         if self.next is None:
             self.promise(False)
-            horse.board.show(self.index, self.number, None)
-        horse.in_hand -= 1
-        horse.ended += 1
-        horse.board.count(run.spent(), is_good=is_good)
+            self._horse.board.show(self.index, self.number, None)
+        self._horse.in_hand -= 1
 
     def couple(self, step: Any) -> Batch[Any] | None:
         """With the end of an attempt, take the next in the same round trip. None: the step goes alone."""
@@ -206,7 +198,7 @@ class Lane:
         """The answer to the step; what was taken with it is next. Raises the step's error."""
         answer, taken = answers
         try:
-            self.reason = self.took(taken)
+            self.took(taken)
         except (RedisError, RqarmError) as error:
             log.warning("the next request was not taken: %s", error)
         if isinstance(answer, Exception):
@@ -233,7 +225,7 @@ class Horse:
         self.promised = 0
         #: what was started but cannot be read by this version
         self.unread: list[Attempt] = []
-        self._last, self._is_halted = 0, False
+        self._last, self.is_halted = 0, False
         self._looked, self._next_look, self._is_heavy = 0, 0.0, False
 
     def run(self) -> None:
@@ -252,7 +244,7 @@ class Horse:
         """Make ready for an order; what tells when something is queued."""
         self.worker.order_queues(order.queues)
         self._last = self.ended + order.quota if order.quota else 0
-        self._is_halted = False
+        self.is_halted = False
         self.board.wait(0)
         return Waiting(self.worker.connection.connection_pool, self.lists(), self.settings.lease)
 
@@ -289,12 +281,12 @@ class Horse:
         """What the parent has said meanwhile. A ``halt`` counts at once."""
         while self.parent.poll():
             message = self.parent.recv()
-            self._is_halted = self._is_halted or message == "halt"
+            self.is_halted = self.is_halted or message == "halt"
             yield message
 
     def why_stop(self) -> str:
         """Why nothing more is taken beside, or instead of, what is in hand; "" = go on."""
-        if self._is_halted:
+        if self.is_halted:
             return "stopped"
         if time.monotonic() - self.board.watched_at() > self.settings.lease / 2:
             return "deserted"  # nobody renews: it comes back, and waits for the parent
@@ -314,6 +306,15 @@ class Horse:
             self._looked, self._next_look = done, now + LOOK_AFTER
             self._is_heavy = resident_mib() > self.settings.max_horse_memory
         return self._is_heavy
+
+    def let_go(self, attempt: Attempt) -> None:
+        """It was taken and must not begin: another worker gets it."""
+        try:
+            self.manager.shell.run(flows.release(self.core, attempt))
+        except LeaseLost:
+            log.debug("%s: handed back before", attempt.key)
+        except (RedisError, RqarmError) as error:
+            log.warning("%s: not handed back, its lease ends: %s", attempt.key, error)
 
     def hand_back(self) -> None:
         """Release what cannot be read here. Raises RedisError, RqarmError."""
@@ -443,7 +444,7 @@ class OneHorse(Horse):
             run = Execution(self.core, attempt, self.worker.name, hold)
             run.stopper = self._alarm
             self.board.show(lane, number, attempt, 0.0, run.limit)
-            self._ahead.append(_Ride(number, lane, run, execution.Drive(run.flow(), self.manager.shell, run)))
+            self._ahead.append(_Ride(number, lane, run, execution.Drive(run, self.manager.shell)))
         return reason
 
     def _run(self, ride: _Ride) -> None:
@@ -455,7 +456,7 @@ class OneHorse(Horse):
         self.board.wait(0)
         # that it has begun must be seen before we look whether it may
         self.board.begin(ride.lane, ride.run.began)
-        if self._is_halted or ride.run.hold.is_lost():
+        if self.is_halted or ride.run.hold.is_lost():
             self._let_go(ride)
             return
         self._alarm.limit = ride.run.limit
@@ -538,14 +539,7 @@ class OneHorse(Horse):
         self.board.count(ride.run.spent(), is_good=failure is None)
 
     def _let_go(self, ride: _Ride) -> None:
-        """It was taken ahead and must not begin."""
-        attempt = ride.run.attempt
-        try:
-            self.manager.shell.run(flows.release(self.core, attempt))
-        except LeaseLost:
-            log.debug("%s: handed back before", attempt.key)
-        except (RedisError, RqarmError) as error:
-            log.warning("%s: not handed back, its lease ends: %s", attempt.key, error)
+        self.let_go(ride.run.attempt)
         self._clear(ride)
 
     def _clear(self, ride: _Ride) -> None:
@@ -561,10 +555,11 @@ class OneHorse(Horse):
 
     def _patiently(self, ask: Callable[[], str]) -> str:
         """Ask until the server answers or the parent says something."""
-        for pause in pauses():
+        for refusals in count(1):
             try:
                 return ask()
             except (RedisError, RqarmError, OSError) as error:
+                pause = pause_after(refusals)
                 log.warning("the server refused, asking again in %.1f s: %s", pause, error)
                 if self.parent.poll(pause):
                     break

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from rqarm.errors import LeaseLost, RqarmError
 from rqarm.handlers import Match
 from rqarm.worker import execution
 from rqarm.worker.board import Board
-from rqarm.worker.execution import Execution, Handle, Pause
+from rqarm.worker.execution import Execution, Flush, Handle, Pause
 from rqarm.worker.horse import LEAVING_A_JOB, Horse, Lane, Order, Waiting
 from rqarm.worker.limits import Interruptible, await_in_time
 
@@ -96,9 +96,6 @@ class Pump:
         """Something else that talks to the server and blocks."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
-    def close(self) -> None:
-        self._thread.shutdown()
-
 
 class Company:
     """Who runs beside whom. A suspect, whose processes have died, has its last chance alone: no other can spoil it."""
@@ -139,19 +136,19 @@ class ManyHorse(Horse):
         self._lanes = [Lane(self, index) for index in range(board.lanes)]
         self._running: dict[Lane, asyncio.Task[None]] = {}
         self._stoppers: dict[Lane, Callable[[], object]] = {}
+        #: those that wait for the thread of those that run alone, or are in it
+        self._waiting: dict[Lane, Future[None]] = {}
         self._reports: set[asyncio.Task[None]] = set()
         self._alone = ThreadPoolExecutor(1, "rqarm-alone")
         self._beside = ThreadPoolExecutor(board.lanes, "rqarm-thread")
         self._pump = Pump(self.manager.shell.execute)
-        #: requests that wait for the thread of those that run alone, or are in it
-        self._queued_alone = 0
 
     def serve(self, order: Order) -> str:
         return execution.event_loop().run(self._serve(order, self.begin(order)))
 
     async def _serve(self, order: Order, waiting: Waiting) -> str:
         loop = asyncio.get_running_loop()
-        self._news, self._building, self._company = asyncio.Event(), asyncio.Lock(), Company()
+        self._news, self._company = asyncio.Event(), Company()
         loop.add_reader(self.parent.fileno(), self._listen)
         sleeper: asyncio.Task[None] | None = None
         reason = ""
@@ -187,7 +184,7 @@ class ManyHorse(Horse):
             count = min(2 * count, TOGETHER)
             if self._last:
                 free = free[: max(0, self._last - self.ended - self.in_hand - self.promised)]
-            if not free or self._queued_alone > 1:
+            if not free or len(self._waiting) > 1:
                 return "full"  # more of what runs alone would only be kept from other workers
             for lane in free:
                 lane.promise(True)
@@ -240,6 +237,9 @@ class ManyHorse(Horse):
                     lane = self._lanes[index]
                     if lane.number == number and lane in self._stoppers:
                         self._stoppers[lane]()
+                elif message == "halt":
+                    for future in self._waiting.values():
+                        future.cancel()  # no more than the one that runs is finished here
         except EOFError:
             os._exit(1)  # the parent is dead
         self._news.set()
@@ -264,7 +264,10 @@ class ManyHorse(Horse):
             run, failure = lane.begin(attempt), None
             try:
                 async with self._company.joined(is_suspect=self._is_suspect(attempt)):
-                    await self._execute(run, lane)
+                    if self.is_halted or not await self._execute(run, lane):
+                        await self._pump.run(partial(self.let_go, attempt))
+                        lane.clear()
+                        continue
             except BaseException as error:  # noqa: BLE001 -- the handler's, and the request has failed for it
                 failure = error
             self._stoppers.pop(lane, None)
@@ -276,13 +279,14 @@ class ManyHorse(Horse):
         """Another crash, and it is set aside: that must not be the doing of one beside it."""
         return attempt.crashes >= max(1, self.settings.max_attempts - 1)
 
-    async def _execute(self, run: Execution, lane: Lane) -> None:
+    async def _execute(self, run: Execution, lane: Lane) -> bool:
+        """False: it has not begun, because the worker stops."""
         if not self._is_async(run):
-            await self._in_thread(run, lane)
-            return
+            return await self._in_thread(run, lane)
         run.began = time.monotonic()
         self.board.begin(lane.index, run.began)
         await self._drive(run, lane)
+        return True
 
     @staticmethod
     def _is_async(run: Execution) -> bool:
@@ -291,8 +295,8 @@ class ManyHorse(Horse):
         except RqarmError:
             return True  # no handler will be called
 
-    async def _in_thread(self, run: Execution, lane: Lane) -> None:
-        """The whole execution in a thread, which talks to the server by itself."""
+    async def _in_thread(self, run: Execution, lane: Lane) -> bool:
+        """The whole execution in a thread, which talks to the server by itself. False: the worker stops before it."""
         loop = asyncio.get_running_loop()
         run.loop, run.stopper = loop, Interruptible(run.limit)
         stopper, shell = run.stopper, self.manager.shell
@@ -308,15 +312,15 @@ class ManyHorse(Horse):
             try:
                 # how many more may be taken is for the loop to count
                 ask = shell.execute if self._last else partial(lane.answer, ask=shell.execute)
-                execution.Drive(run.flow(), shell, run).run(ask)
+                execution.Drive(run, shell).run(ask)
             finally:
                 alarm.cancel()
 
         if run.match().route.thread_safe:
             await loop.run_in_executor(self._beside, work)
-            return
-        self._queued_alone += 1
+            return True
         future = self._alone.submit(work)
+        self._waiting[lane] = future
 
         def stop() -> None:
             if not future.cancel():
@@ -328,10 +332,13 @@ class ManyHorse(Horse):
         except asyncio.CancelledError:
             if not future.cancelled():
                 raise
+            if not run.hold.is_lost():
+                return False
             await self._drive(run, lane)  # the attempt is lost: it ends before its handler
         finally:
-            self._queued_alone -= 1
+            del self._waiting[lane]
             self._news.set()
+        return True
 
     async def _drive(self, run: Execution, lane: Lane) -> None:
         """An execution on the event loop."""
@@ -349,6 +356,8 @@ class ManyHorse(Horse):
                     answer = await self._call(run, step.match, lane)
                 elif isinstance(step, Pause):
                     await asyncio.sleep(step.seconds)
+                elif isinstance(step, Flush):
+                    await step.emitter.flush()
                 else:
                     coupled = lane.couple(step)
                     answer = await self._pump.execute(coupled or step)
@@ -357,11 +366,10 @@ class ManyHorse(Horse):
                 failure = error
 
     async def _call(self, run: Execution, match: Match, lane: Lane) -> Any:
-        async with self._building:
-            await execution.start_resources()
+        await execution.start_resources()
         if run.hold.is_lost():
             raise LeaseLost(run.attempt.key, "cancelled or taken over")  # nobody could stop it yet
-        context = run.context(partial(self._report, run))
+        context = run.context(partial(self._report, run), self.manager.shell.execute, self._pump.execute)
         handling = asyncio.ensure_future(
             await_in_time(match.call(run.attempt.request, context), run.limit, run.spent())
         )

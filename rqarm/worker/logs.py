@@ -22,7 +22,6 @@ from rq import logutils
 
 from rqarm.text import plain
 
-FORMATS = ("text", "json")
 #: what is printed without an end of line becomes a record at this many characters
 LONGEST_LINE = 8192
 

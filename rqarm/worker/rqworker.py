@@ -29,16 +29,16 @@ from rq.worker import DequeueStrategy, WorkerStatus
 from rqarm import flows
 from rqarm.config import Settings
 from rqarm.errors import RqarmError
+from rqarm.version import __version__
 from rqarm.worker import execution
 from rqarm.worker.horse import Order
+from rqarm.worker.patience import pause_after
 from rqarm.worker.processes import kill_group, leash_forks
 from rqarm.worker.stable import Stable
 
 log = logging.getLogger("rqarm.worker")
 T = TypeVar("T")
 
-#: longest wait in seconds before a server that refused is asked again
-PATIENCE = 5.0
 #: seconds until the listener for RQ's commands tries again
 DEAF = 1.0
 #: what the id of a ticket of ours looks like; one of others that looks like it is recognised later
@@ -83,6 +83,11 @@ class Worker(rq.Worker):
         execution.handlers()
         leash_forks()
         super().bootstrap(*args, **kwargs)
+
+    def register_birth(self) -> None:
+        """As in RQ, and which rqarm it is: the overview tells an upgrade that is not finished."""
+        super().register_birth()  # type: ignore[no-untyped-call]
+        self.connection.hset(self.key, "rqarm_version", __version__)
 
     def subscribe(self) -> None:
         """RQ's listening thread must not take the signals that the main thread waits for.
@@ -129,7 +134,7 @@ class Worker(rq.Worker):
                 return ask()
             except RedisError as error:
                 refusals += 1
-                pause = min(PATIENCE, 0.1 * 2**refusals) * random.uniform(0.5, 1.0)
+                pause = pause_after(refusals)
                 log.warning("the server refused, asking again in %.1f s: %s", pause, error)
                 time.sleep(pause)
 
@@ -142,6 +147,7 @@ class Worker(rq.Worker):
             manager = execution.manager_for(self.settings.namespace, self.connection)
             if healed := manager.shell.run(flows.sweep(manager.core)):
                 log.warning("set %d requests going again that had died", healed)
+            execution.attend(manager)
             self._restart_scheduler()
         except (RedisError, RqarmError) as error:
             log.warning("the sweep did not run: %s", error)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import random
 import signal
 import sys
 import time
@@ -22,15 +21,17 @@ from rq.worker import WorkerStatus
 from rqarm import codec, flows
 from rqarm.calls import Attempt, Batch, Taken, UnreadableRequest, ms
 from rqarm.errors import LeaseLost, RequestUnknown, RqarmError
-from rqarm.handlers import Route
+from rqarm.handlers import Match
 from rqarm.manager import RequestManager
 from rqarm.model import State
+from rqarm.quarantine import note_for
 from rqarm.shell import sibling
 from rqarm.worker import execution
 from rqarm.worker.board import Board, Turn
 from rqarm.worker.execution import WorkHorseDied
 from rqarm.worker.horse import PLACES, Order, execution_id, gallop, taker
 from rqarm.worker.limits import TimeLimit
+from rqarm.worker.patience import pause_after
 from rqarm.worker.processes import kill_group
 from rqarm.worker.shown import Shown
 
@@ -47,8 +48,6 @@ HARD_GRACE = 5.0
 CANCEL_GRACE = 1.0
 #: seconds that a horse without work has to tear down its resources
 RETIREMENT = 10.0
-#: longest wait in seconds between two horses that die before they have done anything
-PATIENCE = 5.0
 #: states in which an attempt's own end leaves its request
 ENDED = (State.COMPLETED, State.FAILED, State.PENDING)
 
@@ -189,7 +188,7 @@ class Stable:
                     return "stopped"
                 stillborn = stillborn + 1 if reason == "dead" and self.ended == before else 0
                 if stillborn > 1:
-                    time.sleep(min(PATIENCE, 0.1 * 2**stillborn) * random.uniform(0.5, 1.0))
+                    time.sleep(pause_after(stillborn))
         except SystemExit:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)  # somebody impatient must not interrupt what comes now
@@ -458,12 +457,9 @@ class Stable:
     def _last_runs(self, horse: _Animal) -> list[_Run]:
         runs = []
         for turn in horse.board.turns():
-            run = self._runs.get((turn.lane, turn.number))
-            if run is not None:
-                del self._runs[turn.lane, turn.number]
-            if run is not None:
-                run.turn = turn
-            runs.append(run or _Run(turn, turn.began))
+            run = self._runs.pop((turn.lane, turn.number), None) or _Run(turn, turn.began)
+            run.turn = turn  # as the board has it now
+            runs.append(run)
         for run in self._runs.values():
             if run.shown is not None:
                 run.shown.hide(self.worker)
@@ -511,7 +507,7 @@ class Stable:
             if run.death == "time limit":
                 message = f"the handler did not stop at its limit of {run.turn.limit:g} s and was killed"
                 outcome, error = "failed", TimeLimit(message)
-                shell.run(flows.fail(core, attempt, codec.pack_error(TimeLimit, message, "")))
+                shell.run(execution.fail_for_good(core, attempt, error, self._match(attempt)))
             elif run.death == "stopped":
                 outcome = "cancelled"
                 shell.run(flows.cancel(core, attempt.key))
@@ -520,9 +516,12 @@ class Stable:
                 shell.run(flows.release(core, attempt))
             elif run.death in ("crash", "lease"):
                 error = WorkHorseDied(obituary)
-                outcome = shell.run(flows.crash(core, attempt, codec.pack_error("WorkHorseDied", obituary, "")))
+                note = note_for(self._match(attempt), attempt.kwargs)
+                outcome = shell.run(flows.crash(core, attempt, codec.pack_error("WorkHorseDied", obituary, ""), note))
                 if outcome not in ("requeued", "quarantined"):
                     raise LeaseLost(attempt.key, outcome)
+                if outcome == "quarantined":
+                    execution.attend(self.manager)
             else:
                 outcome = f"given up ({run.death})"
                 shell.run(flows.drop_job(core, attempt))
@@ -532,12 +531,13 @@ class Stable:
             shell.run(flows.drop_job(core, attempt))
             return
         ran = time.monotonic() - run.turn.began if run.turn.began > 0 else 0.0
-        execution.tell(core, attempt, self.worker.name, self._route(attempt), outcome, ran, error)
+        match = self._match(attempt)
+        execution.tell(core, attempt, self.worker.name, match.route if match else None, outcome, ran, error)
 
     @staticmethod
-    def _route(attempt: Attempt) -> Route | None:
+    def _match(attempt: Attempt) -> Match | None:
         try:
-            return execution.handlers().match(attempt.request).route
+            return execution.handlers().match(attempt.request)
         except RqarmError:
             return None
 

@@ -27,6 +27,8 @@ from redis import Redis
 from rq import Worker
 from rq.serializers import JSONSerializer
 
+from rqarm.worker.patience import pause_after
+
 log = logging.getLogger("rqarm.worker")
 
 #: exit code of a wrong configuration, as in rqarm.cli: whoever starts it again gets the same
@@ -56,7 +58,7 @@ class Backoff:
 
     def pause(self, deaths: int, chance: Callable[[], float] = random.random) -> float:
         """The pause after so many deaths in a row, 1 or more: between half and all of what the doubling gives."""
-        return min(self.longest, self.first * 2.0 ** min(deaths - 1, 30)) * (0.5 + chance() / 2)
+        return pause_after(deaths, first=self.first, longest=self.longest, chance=chance)
 
 
 @dataclass(slots=True)
@@ -71,7 +73,6 @@ class Child:
     began: float = 0.0
     deaths: int = 0
     dead: int | None = None
-    has_ended: bool = False
 
 
 class Supervisor:
@@ -225,11 +226,9 @@ class Supervisor:
     def _decide(self, child: Child, code: int, now: float) -> None:
         """What becomes of the place of a child that has ended."""
         if self._warm_since is not None or (code == 0 and self.ends):
-            child.has_ended = True
             log.log(logging.INFO if code == 0 else logging.WARNING, "%s %s", child.name, _how(code))
             return
         if code == MISCONFIGURED or (code != 0 and not self._one_was_ready):
-            child.has_ended = True
             self.code = code if code > 0 else FAILURE
             log.error("%s %s, and would again: nothing is started again", child.name, _how(code))
             self._stop(now)
