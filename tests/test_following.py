@@ -148,7 +148,7 @@ def test_the_record_may_vanish_under_a_follower(rm: Any, threads: managers.Threa
     listening(redis_client, key)
     rm.cancel(key)
     assert following.result(PATIENCE) == [("error", RequestCancelled)]
-    rm.resubmit("/x")
+    key = rm.submit("/y").key
     following = threads.start(followed, rm, key)
     listening(redis_client, key)
     redis_client.delete(f"arm:status:{key}")

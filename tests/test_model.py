@@ -38,7 +38,7 @@ from rqarm.request import BatchRequest
 
 EXAMPLES = int(os.environ.get("RQARM_EXPLORE", "0"))
 PROFILE = settings(
-    max_examples=EXAMPLES or 150,
+    max_examples=EXAMPLES or 200,
     stateful_step_count=50,
     deadline=None,
     derandomize=not EXAMPLES,
