@@ -149,8 +149,10 @@ def test_the_record_may_vanish_under_a_follower(rm: Any, threads: managers.Threa
     rm.cancel(key)
     assert following.result(PATIENCE) == [("error", RequestCancelled)]
     key = rm.submit("/y").key
+    redis_client.config_resetstat()
     following = threads.start(followed, rm, key)
     listening(redis_client, key)
+    eventually(lambda: "cmdstat_evalsha" in redis_client.info("commandstats"), PATIENCE, "it has looked once")
     redis_client.delete(f"arm:status:{key}")
     redis_client.publish(f"arm:done:{key}", "unknown")
     assert following.result(PATIENCE) == [("error", RequestLost)]

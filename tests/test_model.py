@@ -484,7 +484,7 @@ class Machine(RuleBasedStateMachine):
         record = self.world.records.get(uri)
         if record is None:
             return f"{self.key(uri)}-00000000", "unknown", None
-        old = data.draw(st.sampled_from([record.job_id, *self.tickets[uri][-2:]]))
+        old = data.draw(st.sampled_from([record.job_id, f"{self.key(uri)}-00000000"]))
         if not record.reason:
             return old, "in_flight" if record.in_flight else "ended", None
         return old, "superseded", record if old == record.job_id else None
@@ -516,7 +516,7 @@ class Machine(RuleBasedStateMachine):
             assert self.rig.word(call) == "unknown"
 
     @precondition(lambda self: any(record.reason for record in self.world.records.values()))
-    @rule(data=st.data(), what=st.sampled_from(["requeue", "requeue", "discard"]))
+    @rule(data=st.data(), what=st.sampled_from(["requeue", "discard"]))
     def decide(self, data: st.DataObject, what: str) -> None:
         """Somebody looks at the quarantine."""
         aside = [uri for uri, record in self.world.records.items() if record.reason]
@@ -559,11 +559,12 @@ class Machine(RuleBasedStateMachine):
     def retain(self, uri: str, data: st.DataObject) -> None:
         ttl = data.draw(st.sampled_from([None, 3600.0, 7200.0]))
         record = self.world.records.get(uri)
-        holds = record is not None and record.state == "completed" and record.has_result
+        holder, holds = self.holder(uri), self.answers(uri)
         wanted = "unknown" if record is None else "retained" if holds else "no_result"
         assert self.rig.word(browse.retain_call(self.rig.core, self.key(uri), ttl)) == wanted
-        if record is not None and holds:
-            record.sticky, record.retained = ttl is None, True
+        if record is not None and holder is not None and holds:
+            for each in [holder, *self.aliases(record.alias or uri, "completed")]:
+                each.sticky, each.retained = ttl is None, True
 
     def take_away(self, uri: str, data: st.DataObject) -> None:
         """An operator releases what runs; its holder learns of it at the next renewal."""
@@ -876,6 +877,7 @@ class Machine(RuleBasedStateMachine):
         led = [record, *self.aliases(uri, "pending")]
         record.state = "pending"
         record.token, record.execution, record.lapsed, record.redirected_by = 0, "", False, token
+        record.emitted = []
         self.vacate(record)
         for each in led:
             each.alias = root

@@ -463,7 +463,7 @@ end
 -- what an earlier form wrote for poison.
 local BLOCKING = {['1'] = true, poison = true, asked = true}
 
-local function set_aside(key, fields, err, reason, note)
+local function set_aside(key, fields, err, reason, note, negative_until)
   land(key, fields)
   redis.call('HSET', status_name(key), 'state', 'failed', 'quarantined', reason, 'ended_ms', int(now_ms), 'error', err)
   if note and note ~= '' then redis.call('HSET', status_name(key), 'note', note) end
@@ -473,7 +473,7 @@ local function set_aside(key, fields, err, reason, note)
   redis.call('ZADD', unattended_name('failure'), since, key)
   redis.call('ZADD', unattended_name('quarantine'), since, key)
   wake(key, 'failed')
-  end_all_led_by(key, 'failed', err)
+  end_all_led_by(key, 'failed', err, negative_until)
 end
 
 -- An alias leaves its root; the aliases of a root go with its result: how many.

@@ -80,6 +80,7 @@ else
 end
 
 land(key, claim)
+withdraw_emissions(key)
 redis.call('HSET', status, 'state', 'pending', 'redirect', target, 'redirected_by', token, 'failure_ttl_ms',
   failure_ttl_ms)
 redis.call('HDEL', status, 'worker', 'hops')
