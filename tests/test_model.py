@@ -479,18 +479,17 @@ class Machine(RuleBasedStateMachine):
             del self.world.records[uri]
             self.world.payloads.pop(uri, None)
 
-    def decided(self, uri: str, data: st.DataObject) -> tuple[str, str, Record | None]:
-        """The ticket of an entry as somebody saw it, now or earlier, and the word to expect when nobody decided."""
+    def decided(self, uri: str) -> tuple[str, str, Record | None]:
+        """The ticket of an entry as somebody saw it, the word to expect when it is none, and the record when it is."""
         record = self.world.records.get(uri)
         if record is None:
             return f"{self.key(uri)}-00000000", "unknown", None
-        old = data.draw(st.sampled_from([record.job_id, f"{self.key(uri)}-00000000"]))
         if not record.reason:
-            return old, "in_flight" if record.in_flight else "ended", None
-        return old, "superseded", record if old == record.job_id else None
+            return record.job_id, "in_flight" if record.in_flight else "ended", None
+        return record.job_id, "", record
 
     def requeue(self, uri: str, data: st.DataObject) -> None:
-        old, refusal, record = self.decided(uri, data)
+        old, refusal, record = self.decided(uri)
         rank = record.priority if record is not None else 1
         ticket = self.rig.ticket(BatchRequest(uri), priority=Priority(rank))
         call = self.rig.requeue(self.key(uri), old, ticket)
@@ -505,7 +504,7 @@ class Machine(RuleBasedStateMachine):
             assert self.rig.word(call) == "already"
 
     def discard(self, uri: str, data: st.DataObject) -> None:
-        old, refusal, record = self.decided(uri, data)
+        old, refusal, record = self.decided(uri)
         call = self.rig.discard(self.key(uri), old)
         assert self.rig.word(call) == ("discarded" if record is not None else refusal)
         if record is not None:
@@ -520,7 +519,12 @@ class Machine(RuleBasedStateMachine):
     def decide(self, data: st.DataObject, what: str) -> None:
         """Somebody looks at the quarantine."""
         aside = [uri for uri, record in self.world.records.items() if record.reason]
-        getattr(self, what)(data.draw(st.sampled_from(aside)), data)
+        uri = data.draw(st.sampled_from(aside))
+        # first somebody who saw it before it was requeued, and set aside again
+        key, seen = self.key(uri), f"{self.key(uri)}-00000000"
+        assert self.rig.word(self.rig.requeue(key, seen, self.rig.ticket(BatchRequest(uri)))) == "superseded"
+        assert self.rig.word(self.rig.discard(key, seen)) == "superseded"
+        getattr(self, what)(uri, data)
 
     def put(self, uri: str, data: st.DataObject) -> None:
         sticky, twice = data.draw(st.booleans()), data.draw(st.booleans())

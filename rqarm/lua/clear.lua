@@ -41,7 +41,7 @@ for key, its_score in pairs_of(rows) do
   else
     cleared = cleared + drop_result(key, 'cleared')
     if fields.state == 'completed' then
-      redis.call('UNLINK', status_name(key), callbacks_name(key), emitted_name(key))
+      erase(key)
       event('forget', key, 'unknown')
       cleared = cleared + 1
     end

@@ -399,6 +399,12 @@ local function list_failure(key)
   redis.pcall('ZREMRANGEBYRANK', failures_name(), 0, -FAILURES_KEPT - 1)
 end
 
+-- A record goes, with all that lies beside it but a result; and RQ's job, when one is given.
+local function erase(key, job)
+  redis.call('UNLINK', status_name(key), callbacks_name(key), followup_name(key), emitted_name(key),
+    unpack(job and job ~= '' and {job} or {}))
+end
+
 -- Redirects. An alias is a request that ended its attempt because another one, its root, has or will have the answer. In
 -- flight it is pending and not in line; it stands in `redirected` and in the root's set `aliases`. Completed it has no result
 -- of its own; its record leads to the root's and lives as long. The set outlives the root's end only then.
@@ -483,7 +489,7 @@ local function drop_aliases(key)
   for _, alias in ipairs(redis.call('SMEMBERS', aliases_name(key))) do
     local fields = look_at(alias, 'state', 'alias')
     if fields.state == 'completed' and fields.alias == key then
-      redis.call('UNLINK', status_name(alias))
+      erase(alias)
       redis.call('ZREM', results_name(), alias)
       redis.call('ZREM', sizes_name(), alias)
       redis.call('SREM', aliases_name(key), alias)
@@ -508,7 +514,7 @@ local function trim_quarantine(keep, most)
   for i = 1, surplus do
     local key = free[i] or kept[i - #free]
     if not key then break end
-    redis.call('UNLINK', status_name(key), callbacks_name(key), followup_name(key), emitted_name(key))
+    erase(key)
     readmit(key)
   end
 end
