@@ -259,6 +259,30 @@ def test_a_claim_keeps_a_hundred_joiners(redis_client: redis.Redis) -> None:
     assert 0 < redis_client.pttl(f"arm:traces:{key}") <= 24 * 3600 * 1000
 
 
+def test_the_target_of_a_redirect_belongs_to_the_trace_of_who_redirects(
+    rm: Any, spans: Spans, handlers: Handlers, redis_client: redis.Redis
+) -> None:
+    @handlers.route("/old")
+    def old(request: BatchRequest, context: Context) -> Any:
+        raise context.redirect("/new")
+
+    @handlers.route("/new")
+    def new(request: BatchRequest, context: Context) -> int:
+        return 1
+
+    rm.submit("/old")
+    work(handlers, redis_client)
+    first, target = spans.submits
+    leads, computes = spans.executions
+    assert is_child(leads, first)
+    assert is_child(target, leads)
+    assert is_child(computes, target)
+    assert leads.attributes is not None
+    assert leads.attributes["rqarm.outcome"] == "redirected"
+    rm.submit("/old")
+    assert linked(spans.submits[2]) == {ids(leads)}
+
+
 # -- bad ends
 
 

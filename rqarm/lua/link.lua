@@ -19,12 +19,14 @@ local key, context = ARGV[2], ARGV[3]
 local MOST_TRACES = 100
 local TRACES_KEPT_MS = 24 * 60 * 60 * 1000
 
-local claim = record(key, 'state', 'trace', 'traced', 'attempts', 'submitted_ms')
+local claim = record(key, 'state', 'trace', 'traced', 'attempts', 'submitted_ms', 'alias')
 local attempt, execution = string.match(claim.traced or '', '^(%d+):(.+)$')
 -- That of an earlier attempt is not the one that counts.
 local is_told = attempt and attempt == claim.attempts
 
-if claim.state ~= 'pending' and is_told then return {'linked', execution} end
+-- An alias that waits for its root has had its execution.
+local has_run = claim.state ~= 'pending' or claim.alias
+if has_run and is_told then return {'linked', execution} end
 if claim.state ~= 'pending' and claim.state ~= 'in_progress' then return {'unknown'} end
 if claim.trace and string.sub(claim.trace, 1, #context) == context then return {'own'} end
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("rqarm.worker")
 
 #: the transitions after which an attempt has counted
-ENDINGS = frozenset({"complete", "conclude", "fail", "retry"})
+ENDINGS = frozenset({"complete", "conclude", "fail", "redirect", "retry"})
 
 
 def traced(run: Execution, steps: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
@@ -42,8 +42,9 @@ def traced(run: Execution, steps: Generator[Any, Any, None]) -> Generator[Any, A
             answer = failure = None
             try:
                 if isinstance(step, Call) and step.script.name in ENDINGS:
+                    if end_ns is None:
+                        yield from _meet(run, span)
                     end_ns = tracing.now_ns()
-                    yield from _meet(run, span)
                     answer = yield step
                 elif isinstance(step, Call):
                     answer = yield step
@@ -89,7 +90,7 @@ def _meet(run: Execution, span: tracing.Span) -> Generator[Any, Any, None]:
 
 
 def _end(run: Execution, span: tracing.Span, end_ns: int | None) -> None:
-    outcome, error = run.outcome.partition(" in ")[0], run.error
+    outcome, error = run.outcome.partition(" in ")[0].partition(" to ")[0], run.error
     span.set(rqarm__outcome=outcome)
     if error is not None and outcome in ("failed", "retried") and not isinstance(error, RetryLater):
         told = codec.unpack_error(codec.pack_error(error))
