@@ -29,7 +29,7 @@ local MOST_HOPS = 20
 local IN_FLIGHT = {pending = true, in_progress = true}
 
 local claim = record(key, 'state', 'token', 'queue', 'slot', 'est_ms', 'limit', 'sticky', 'ttl_ms',
-  'fallback_ttl_ms', 'hops', 'alias', 'redirected_by', 'priority')
+  'fallback_ttl_ms', 'hops', 'alias', 'redirected_by', 'priority', 'trace', 'traced')
 
 if claim.alias and claim.redirected_by == token then return {'already'} end
 if claim.state ~= 'in_progress' or claim.token ~= token then return {'lost', claim.state or 'unknown'} end
