@@ -259,7 +259,9 @@ class Machine(RuleBasedStateMachine):
         self.vacate(record)
         uri = next(uri for uri, other in self.world.records.items() if other is record)
         for alias in self.aliases(uri, "pending"):
-            alias.state, alias.sticky, alias.negative = state, record.sticky, negative
+            alias.state, alias.negative = state, negative
+            if state == "completed":  # with the result of its root, and as long as that
+                alias.sticky = record.sticky
 
     def aliases(self, uri: str, *states: str) -> list[Record]:
         return [record for record in self.world.records.values() if record.alias == uri and record.state in states]
