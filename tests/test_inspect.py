@@ -213,7 +213,7 @@ def test_foreign_data_in_the_counters_stop_nothing(rig: Rig) -> None:
     rig.client.set(rig.named("stats", family="executions"), "somebody's")
     seeded = rig.seed("mine", BatchRequest(URI))
     assert rig.word(rig.complete(seeded.attempt)) == "stored"
-    rig.client.rpush(rig.named("noted", family="submissions"), "what?", "1\nhit\nx\n\n/a")
+    rig.client.rpush(rig.named("noted", family="submissions"), "what?", "1\nhit\n/a\nx\n")
     often(rig, BatchRequest(URI))
     assert look(rig).submissions["hit"] == SETTLED + 1
     settle(rig)
@@ -242,7 +242,7 @@ def test_the_notes_are_added_up_before_they_are_many(rig: Rig) -> None:
 def test_what_was_noted_hours_ago_is_not_of_this_hour(rig: Rig) -> None:
     minute = server_ms(rig.client) // 60_000
     for ago in (0, 59, 60, 64, 1000, -3):
-        rig.client.rpush(rig.named("noted", family="submissions"), f"{minute - ago}\nnew\n0\n\n/x")
+        rig.client.rpush(rig.named("noted", family="submissions"), f"{minute - ago}\nnew\n/x\n0\n")
     for more in range(2):
         found = look(rig)
         assert found.submissions == {"new": 6 + more}

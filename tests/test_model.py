@@ -476,6 +476,7 @@ class Machine(RuleBasedStateMachine):
             record.state, record.job_id, record.order = "pending", ticket.job_id, self.next_order()
             record.crashes = record.retries = 0
             record.reason, record.negative, record.delayed, record.untold = "", False, False, set()
+            record.emitted = []
             self.push(uri, ticket.job_id, rank)
             assert self.rig.word(call) == "already"
 

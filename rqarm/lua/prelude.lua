@@ -70,8 +70,8 @@ end
 
 -- Statistics never stand in the way: a hit is answered also when memory is out, and what somebody else wrote into them stops
 -- nothing. A transition only notes what happened, by one RPUSH; whoever makes it MOST_NOTED notes adds them up, and who
--- reads adds the rest. True: it is time to `settle`. A note of a submit: minute, outcome, ms that were saved, the key that
--- was hit, family. A hit saves the run that made the result, a join the one that it waits for.
+-- reads adds the rest. True: it is time to `settle`. A note of a submit: minute, outcome, family, ms that were saved, the
+-- key that was hit. A hit saves the run that made the result, a join the one that it waits for.
 local MOST_NOTED = 100
 local function note_submission(outcome, key, family, fields)
   local saved_ms, hit = 0, ''
@@ -81,7 +81,7 @@ local function note_submission(outcome, key, family, fields)
     saved_ms = tonumber(fields.est_ms) or 0
   end
   local noted = redis.pcall('RPUSH', noted_name('submissions'), math.floor(now_ms / 60000) .. '\n' .. outcome .. '\n'
-    .. math.max(saved_ms, 0) .. '\n' .. hit .. '\n' .. string.sub(family, 1, 61))
+    .. string.sub(family, 1, 61) .. '\n' .. math.max(saved_ms, 0) .. '\n' .. hit)
   return type(noted) == 'number' and noted >= MOST_NOTED
 end
 
@@ -95,8 +95,8 @@ end
 local TIMES_MS = {5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000, 300000, 1800000, 3600000}
 local SIZES = {256, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304, 16777216, 67108864, 268435456, 1073741824}
 local function within(bounds, value)
-  for _, bound in ipairs(bounds) do
-    if value <= bound then return int(bound) end
+  for i = 1, #bounds do
+    if value <= bounds[i] then return bounds[i] end
   end
   return '+'
 end
@@ -112,22 +112,46 @@ end
 
 -- The notes of a family, added to its counters in `known`; answers those that changed. Fields: `word` in all;
 -- `m<slot>:word` in the minute that its value names first, on a ring; `r:word:route`, as many as `:routes:word` says, then
--- `r:word:*`; the others stand in docs/keys.md.
+-- `r:word:*`; the others stand in docs/keys.md. What many notes have in common is looked at once. `fetch` reads many fields.
 local MINUTES_KEPT, MOST_LABELS = 64, 100
-local function add_up(family, noted, known)
-  local this_minute, times, changed = math.floor(now_ms / 60000), {}, {}
+local function add_up(family, noted, known, fetch)
+  local times, groups, hits, changed = {}, {}, {}, {}
+  local function observe(seen, bounds, value, n)
+    local bound = within(bounds, value)
+    seen[bound], seen.sum = (seen[bound] or 0) + n, (seen.sum or 0) + value * n
+  end
+  local function group_of(about, n)
+    local group = groups[about] or {n = 0, saved_ms = 0, run = {}, wait = {}, size = {}}
+    groups[about], group.n = group, group.n + n
+    return group
+  end
+  local function see_submission(note, n)
+    local about, saved_ms, hit = string.match(note, '^(.*)\n(%S*)\n(%S*)$')
+    if not about then return end
+    local group = group_of(about, n)
+    if saved_ms ~= '0' then group.saved_ms = group.saved_ms + (tonumber(saved_ms) or 0) * n end
+    if hit ~= '' then hits[hit] = (hits[hit] or 0) + n end
+  end
+  local function see_end(note, n)
+    local about, run_ms, wait_ms, size = string.match(note, '^(.*)\n(%d*)\n(%d*)\n(%d*)$')
+    if not about then return end
+    local group = group_of(about, n)
+    if run_ms ~= '' then observe(group.run, TIMES_MS, tonumber(run_ms), n) end
+    if wait_ms ~= '' then observe(group.wait, TIMES_MS, tonumber(wait_ms), n) end
+    if size ~= '' then observe(group.size, SIZES, tonumber(size), n) end
+  end
+  for _, note in ipairs(noted) do times[note] = (times[note] or 0) + 1 end
+  for note, n in pairs(times) do (family == 'submissions' and see_submission or see_end)(note, n) end
   local function set(name, value) known[name], changed[name] = value, value end
   local function add(name, n) set(name, int((tonumber(known[name] or nil) or 0) + n)) end
-  local function add_word(word, minute, n)
-    local slot, ago = 'm' .. minute % MINUTES_KEPT .. ':' .. word, this_minute - minute
-    add(word, n)
+  local function add_minute(minute, word, n)
+    local slot, ago = 'm' .. minute % MINUTES_KEPT .. ':' .. word, math.floor(now_ms / 60000) - minute
     -- What is older than the ring, or ahead of the clock, stands in the sum only.
     if ago < 0 or ago >= MINUTES_KEPT then return end
     local then_minute, before = string.match(known[slot] or '', '^(%d+) (%d+)$')
     set(slot, minute .. ' ' .. int((then_minute == minute and before or 0) + n))
   end
-  local function add_route(word, name, n)
-    local route = route_of(name)
+  local function add_route(word, route, n)
     local field, rest = 'r:' .. word .. ':' .. route, 'r:' .. word .. ':*'
     if field ~= rest and not known[field] then
       if (tonumber(known[':routes:' .. word] or nil) or 0) >= MOST_LABELS then return add(rest, n) end
@@ -135,39 +159,31 @@ local function add_up(family, noted, known)
     end
     add(field, n)
   end
-  local function vote(key, n)
-    local cell = 'h' .. (tonumber(string.sub(key, -2), 16) or #key)
+  local function add_vote(key, cell, n)
     local votes, held_by = votes_in(known[cell])
     votes = held_by == key and votes + n or votes - n
     if votes < 0 then votes, held_by = -votes, key end
-    set(cell, int(votes) .. ' ' .. math.floor(now_ms / HOUR_MS) .. ' ' .. held_by)
+    set(cell, votes .. ' ' .. math.floor(now_ms / HOUR_MS) .. ' ' .. held_by)
   end
-  local function add_submission(entry, n)
-    local minute, word, saved_ms, hit, name = string.match(entry, '^(%d+)\n(%l+)\n(%S*)\n(%S*)\n(.*)$')
-    if not minute then return end
-    add_word(word, minute, n)
-    add_route(word, name, n)
-    if (tonumber(saved_ms) or 0) > 0 then add('saved:' .. word, saved_ms * n) end
-    if hit ~= '' then vote(hit, n) end
+  for about, group in pairs(groups) do
+    local minute, word, name, queue = string.match(about, '^(%d+)\n(%l+)\n([^\n]*)\n?(.*)$')
+    if minute then
+      add(word, group.n)
+      add_minute(minute, word, group.n)
+      if family == 'submissions' or group.size.sum then add_route(word, route_of(name), group.n) end
+      if group.saved_ms > 0 then add('saved:' .. word, group.saved_ms) end
+      if group.run.sum then add('q:' .. word .. ':' .. queue, group.n) end
+      for bound, n in pairs(group.run) do add('run:' .. bound .. ':' .. queue, n) end
+      for bound, n in pairs(group.wait) do add('wait:' .. bound .. ':' .. queue, n) end
+      for bound, n in pairs(group.size) do add('size:' .. bound .. ':', n) end
+    end
   end
-  local function add_end(entry, n)
-    local minute, word, run_ms, wait_ms, size, queue, name =
-      string.match(entry, '^(%d+)\n(%l+)\n(%d*)\n(%d*)\n(%d*)\n([^\n]*)\n(.*)$')
-    if not minute then return end
-    add_word(word, minute, n)
-    if run_ms == '' then return end
-    add('q:' .. word .. ':' .. queue, n)
-    add('run:' .. within(TIMES_MS, tonumber(run_ms)) .. ':' .. queue, n)
-    add('run:sum:' .. queue, run_ms * n)
-    add('wait:' .. within(TIMES_MS, tonumber(wait_ms)) .. ':' .. queue, n)
-    add('wait:sum:' .. queue, wait_ms * n)
-    if size == '' then return end
-    add_route(word, name, n)
-    add('size:' .. within(SIZES, tonumber(size)) .. ':', n)
-    add('size:sum:', size * n)
+  local keys, cells = {}, {}
+  for key in pairs(hits) do
+    keys[#keys + 1], cells[#cells + 1] = key, 'h' .. (tonumber(string.sub(key, -2), 16) or #key)
   end
-  for _, entry in ipairs(noted) do times[entry] = (times[entry] or 0) + 1 end
-  for entry, n in pairs(times) do (family == 'submissions' and add_submission or add_end)(entry, n) end
+  if fetch then fetch(known, cells) end
+  for i, key in ipairs(keys) do add_vote(key, cells[i], hits[key]) end
   return changed
 end
 
@@ -182,8 +198,13 @@ local function settle(family)
     known[field] = type(value) == 'string' and value
     return known[field]
   end
+  local function fetch(known, names)
+    for i, value in ipairs(names[1] and redis.call('HMGET', stats_name(family), unpack(names)) or {}) do
+      known[names[i]] = value
+    end
+  end
   local noted = redis.pcall('LPOP', noted_name(family), MOST_NOTED)
-  local found, changed = pcall(add_up, family, noted, setmetatable({}, {__index = read}))
+  local found, changed = pcall(add_up, family, noted, setmetatable({}, {__index = read}), fetch)
   if not found then return end
   local flat = {':', AS_TABLE}
   for field, value in pairs(changed) do flat[#flat + 1], flat[#flat + 2] = field, value end
@@ -204,10 +225,10 @@ local function count_submission(outcome, key, family, fields)
   if note_submission(outcome, key, family, fields) then settle('submissions') end
 end
 
--- A note of an attempt that ended: minute, word, and, for good: ms that it ran and had waited, stored size, queue, family.
-local function note_end(word, run_ms, wait_ms, size_bytes, queue, family)
+-- A note of an attempt that ended: minute, word; if for good: family, queue, ms that it ran and had waited, stored size.
+local function note_end(word, family, queue, run_ms, wait_ms, size_bytes)
   local noted = redis.pcall('RPUSH', noted_name('executions'), math.floor(now_ms / 60000) .. '\n' .. word .. '\n'
-    .. run_ms .. '\n' .. wait_ms .. '\n' .. size_bytes .. '\n' .. queue .. '\n' .. string.sub(family, 1, 61))
+    .. string.sub(family, 1, 61) .. '\n' .. queue .. '\n' .. run_ms .. '\n' .. wait_ms .. '\n' .. size_bytes)
   if type(noted) == 'number' and noted >= MOST_NOTED then settle('executions') end
 end
 
@@ -219,8 +240,8 @@ end
 local function count_end(word, fields, family, size_bytes)
   local started_ms = tonumber(fields.started_ms) or now_ms
   local waited_ms = started_ms - (tonumber(fields.pushed_ms) or started_ms)
-  note_end(word, int(math.max(now_ms - started_ms, 0)), int(math.max(waited_ms, 0)), size_bytes or '', fields.queue or '',
-    family or '')
+  note_end(word, family or '', fields.queue or '', int(math.max(now_ms - started_ms, 0)), int(math.max(waited_ms, 0)),
+    size_bytes or '')
 end
 
 -- An attempt speaks that holds its request no more. `duplicate`: another one runs it now, or has ended it, so the work
