@@ -1,4 +1,4 @@
-"""What each view of an operator costs at full size: worst and median time, and round trips.
+"""What each view of an operator, and each page of the dashboard, costs at full size: time and round trips.
 
     python benchmarks/views.py [--cached 1000000] [--pending 100000] [--server /usr/bin/redis-server] [--json FILE]
 
@@ -24,6 +24,7 @@ import redis
 
 from rqarm import BatchRequest, RequestManager, codec, embedded
 from rqarm.calls import Batch
+from rqarm.dashboard import create_app
 
 ROUTES = ("/cities", "/exports", "/reports", "https://api.example.org/v1", "https://api.example.org/v2")
 TAGS = ("geo", "sales", "2026-11")
@@ -102,7 +103,24 @@ def views(rm: RequestManager, cached: int) -> dict[str, Callable[[], Any]]:
         "cache.page: largest": lambda: rm.cache.page(order="size", limit=500),
         "cache.pin": lambda: rm.cache.pin(middle.key),
         "cache.unpin": lambda: rm.cache.unpin(sticky, 3600),
-    }
+        "overview": rm.overview,
+        "quarantine: 100": lambda: list(rm.quarantine.list(limit=100)),
+    } | pages_of_the_dashboard(rm, waiting)
+
+
+def pages_of_the_dashboard(rm: RequestManager, key: str) -> dict[str, Callable[[], Any]]:
+    """Each page as a browser gets it, without the browser."""
+    client = create_app(rm).test_client()
+    paths = ("/", "/requests", f"/requests/{key}", "/cache", "/claims", "/quarantine", "/workers", "/metrics")
+
+    def page(path: str) -> Callable[[], None]:
+        def get() -> None:
+            answer = client.get(path)
+            assert answer.status_code == 200, answer.text
+
+        return get
+
+    return {f"page: {path.replace(key, 'KEY')}": page(path) for path in paths}
 
 
 class Trips:

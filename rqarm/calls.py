@@ -187,6 +187,14 @@ class Taken:
     last_event: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Redirection:
+    """What a redirect came to: a word of lua/redirect.lua, and the URIs of a ``loop``."""
+
+    word: str
+    chain: tuple[str, ...] = ()
+
+
 class UnreadableRequest(VersionSkew):
     """An attempt was started whose request this version cannot read. Hand it back: ``attempt`` has all but the request.
 
@@ -606,6 +614,31 @@ class Calls:
         argv = (attempt.token, ticket.job_id, ticket.commands, ticket.data, self._own_job(attempt))
         return self._call("release", attempt.key, argv, _held_word("release", attempt.key))
 
+    def redirect(
+        self,
+        attempt: Attempt,
+        target: Key,
+        *,
+        failure_ttl_ms: int,
+        is_submitted: bool = True,
+        follow_ups: Sequence[NextUp] = (),
+    ) -> Call[Redirection]:
+        """What has become of the attempt because of the target. Raises LeaseLost.
+
+        ``is_submitted`` = False: only look whether it may be done; ``gone`` says yes. ``follow_ups``: who is told when
+        the target has ended already.
+        """
+
+        def parse(reply: Any) -> Redirection:
+            word, *rest = _held(attempt.key, _words("redirect", reply))
+            chain = (_text(uri).split("\n", 2)[-1] for uri in rest[0]) if word == "loop" else ()
+            return Redirection(word, tuple(chain))
+
+        argv: tuple[Any, ...] = (attempt.token, target, failure_ttl_ms, int(is_submitted), self._own_job(attempt))
+        if is_submitted:
+            argv += tuple(part for follow_up in follow_ups for part in follow_up.argv)
+        return self._call("redirect", attempt.key, argv, parse)
+
     def ticket(self, key: Key) -> Command[tuple[str, str]]:
         """The state of a request and the id of its RQ job; "" for what is not there."""
         argv = ("HMGET", self.keys.status(key), "state", "job_id")
@@ -630,7 +663,7 @@ class Calls:
                 return None
             return About(Key(_text(of)), _stored(Key(_text(of)), result), error or LAPSED)
 
-        argv = ("HMGET", self.keys.named("followup", key=key), "of", "error", "owner", "envelope", "bytes")
+        argv = ("HMGET", self.keys.named("followup", key=key), "of", "error", "owner", "envelope", "bytes", "root")
         return Command(argv, parse)
 
     def conclude(self, attempt: Attempt) -> Call[str]:
@@ -953,9 +986,15 @@ def _packed_envelope(envelope: Envelope) -> bytes:
 def _stored(key: Key, values: list[bytes | None]) -> Stored | None:
     if not values or values[0] is None:
         return None
-    owner, packed, inline = values
+    owner, packed, inline, *root = values
     envelope = _envelope(packed or b"")
-    return Stored(key, _text(owner), envelope, None if envelope.chunks else inline or b"")
+    # the result of an alias lies under the key of its root
+    return Stored(
+        Key(_text(root[0])) if root and root[0] else key,
+        _text(owner),
+        envelope,
+        None if envelope.chunks else inline or b"",
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -1032,6 +1071,7 @@ def _status(key: Key, packed: bytes, outcome: Outcome | None = None, value: Any 
         queue=_text(field["queue"] or b""),
         quarantined=field["quarantined"] is not None,
         reason=_reason(field["quarantined"]),
+        redirect=Key(_text(field["alias"])) if field["alias"] else None,
         value=value,
     )
 

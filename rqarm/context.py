@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rqarm import codec
-from rqarm.errors import LeaseLost
+from rqarm.errors import InvalidRequest, LeaseLost, RqarmError
 from rqarm.model import Key
-from rqarm.request import BatchRequest
+from rqarm.request import BatchRequest, as_request
 
 if TYPE_CHECKING:
     from rqarm.handlers import Resources
@@ -53,6 +53,18 @@ class SetAside(Exception):
         self.info: Mapping[str, Any] = MappingProxyType(dict(info or {}))
 
 
+class Redirected(Exception):
+    """Raised by a handler to end this attempt because another request has, or will have, the answer.
+
+    Made by ``Context.redirect``, raised by ``Context.get_or_redirect``; let it pass. ``again``: run the target whatever
+    is cached, because what is cached cannot be read.
+    """
+
+    def __init__(self, target: BatchRequest, *, again: bool = False) -> None:
+        super().__init__(f"to {target.uri}")
+        self.target, self.again = target, again
+
+
 class Context:
     """One attempt as its handler sees it.
 
@@ -65,6 +77,8 @@ class Context:
         "_clock",
         "_emit",
         "_is_cancelled",
+        "_look_up",
+        "_look_up_async",
         "_report",
         "_reported",
         "attempt",
@@ -91,6 +105,8 @@ class Context:
         *,
         clock: Callable[[], float] = time.monotonic,
         emit: Callable[[Any], object] = lambda _: None,
+        look_up: Callable[[BatchRequest], Any] | None = None,
+        look_up_async: Callable[[BatchRequest], Awaitable[Any]] | None = None,
     ) -> None:
         self.request = request
         self.key = key
@@ -102,6 +118,8 @@ class Context:
         self._report = report
         self._is_cancelled = is_cancelled
         self._clock = clock
+        self._look_up = look_up
+        self._look_up_async = look_up_async
         self._reported = -math.inf
         self._emit = emit
         #: whether the route's look-up had the value, so that the handler was not called
@@ -162,3 +180,39 @@ class Context:
         with it; ``message`` can be given by name. Raises UnpackableResult for what cannot be stored.
         """
         return SetAside(message or str(info.pop("message", "")), info)
+
+    def redirect(self, target: BatchRequest | str) -> Redirected:
+        """The exception to raise when another request has the answer: ``raise context.redirect("/cities/FR")``.
+
+        This request becomes an alias of the target, which is submitted, or joined, as a request of its own. Both answer
+        with one result, stored once. Raises InvalidRequest.
+        """
+        return Redirected(_as_target(target))
+
+    def get_or_redirect(self, target: BatchRequest | str) -> Any:
+        """The cached result of the target; without one this attempt ends, as by ``raise context.redirect(target)``.
+
+        Return the value as it is: then this request becomes an alias here too, and nothing is stored twice. In an
+        ``async def`` handler it is ``await context.aget_or_redirect(target)``.
+
+        Raises Redirected: let it pass. InvalidRequest.
+        """
+        request = _as_target(target)
+        if self._look_up is None:
+            raise RqarmError("only a worker can look up results: this Context was made by hand, without look_up")
+        return self._look_up(request)
+
+    async def aget_or_redirect(self, target: BatchRequest | str) -> Any:
+        """The same for ``async def`` handlers: others run while the server is asked."""
+        request = _as_target(target)
+        if self._look_up_async is None:
+            raise RqarmError("only a worker can look up results: this Context was made by hand, without look_up_async")
+        return await self._look_up_async(request)
+
+
+def _as_target(target: BatchRequest | str) -> BatchRequest:
+    try:
+        return as_request(target)
+    except InvalidRequest as error:
+        where = f"redirect target {error.where}" if error.where else "redirect target"
+        raise InvalidRequest(error.reason, where=where) from error

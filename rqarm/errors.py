@@ -123,6 +123,17 @@ class NoHandler(RqarmError):
     """No route or operation takes the request. Register a handler or correct the URI."""
 
 
+class RedirectLoop(RqarmError):
+    """Redirects that lead back to where they began, or on and on. ``chain``: the URIs one after the other.
+
+    A handler is wrong: let one of them compute the result. The request fails and is not retried.
+    """
+
+    def __init__(self, chain: tuple[str, ...], reason: str) -> None:
+        super().__init__(f"{reason}: {' -> '.join(chain)}; let one of them compute the result")
+        self.chain = chain
+
+
 class ResultTooLarge(RqarmError):
     """The result is over ``max_result_bytes``. Nothing was stored."""
 

@@ -32,6 +32,8 @@ PATTERNS: dict[str, str] = {
     "tag": "tag:{tag}",
     "tagged": "tagged",
     "unattended": "unattended:{follow_up}",
+    "aliases": "aliases:{key}",
+    "redirected": "redirected",
     "limits": "limits",
     "running": "running:{limit}",
     "called": "called:{limit}",
@@ -62,6 +64,7 @@ RECORD_FIELDS: tuple[str, ...] = (
     "worker",
     "error",
     "quarantined",
+    "alias",
 )
 
 #: those of them that hold the identity, in pieces

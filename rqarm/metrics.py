@@ -20,7 +20,10 @@ MOST_LABELS = 100
 
 #: words that are there with 0 before the first is counted: a rate needs a beginning
 SUBMISSIONS = (*map(str, Outcome), "conflict", "corrupt")
-EXECUTIONS = ("completed", "failed", "retried", "crashed", "cancelled", "released", "parked", "revived")
+EXECUTIONS = (
+    *("completed", "concluded", "redirected", "failed", "retried", "crashed"),
+    *("cancelled", "released", "parked", "revived"),
+)
 REFUSALS = ("duplicate", "late")
 REMOVALS = ("expired", "cleared", "replaced", "lost")
 

@@ -84,7 +84,8 @@ BLOCKING = frozenset({Reason.POISON, Reason.ASKED})
 
 #: verb -> {state before: state after}; what is not listed is refused and writes nothing. A submit of what is completed
 #: moves only when it insists (resubmit) or the result is gone; ``crash`` ends in ``failed`` at its limit; ``admit``
-#: moves only when there is no place; ``put`` goes from every state to ``completed``.
+#: moves only when there is no place; ``redirect`` ends as its target when that has ended; ``put`` goes from every
+#: state to ``completed``.
 TRANSITIONS: dict[str, dict[State, State]] = {
     "submit": {
         State.UNKNOWN: State.PENDING,
@@ -102,6 +103,7 @@ TRANSITIONS: dict[str, dict[State, State]] = {
     "retry": {State.IN_PROGRESS: State.PENDING},
     "release": {State.IN_PROGRESS: State.PENDING},
     "conclude": {State.IN_PROGRESS: State.UNKNOWN},
+    "redirect": {State.IN_PROGRESS: State.PENDING},
     "revive": {State.PENDING: State.PENDING},
     "crash": {State.IN_PROGRESS: State.PENDING},
     "requeue": {State.FAILED: State.PENDING},
@@ -123,7 +125,8 @@ class BatchStatus:
     Times are aware datetimes in UTC from the server's clock. ``position``: 1 = next to start, 0 = in progress, None =
     not asked for or not in flight. ``eta`` and ``estimated_time`` are seconds. ``progress`` (0 to 1) and its message
     are what the handler told last, while it runs. ``error`` has type, message and traceback. ``reason``: why it is
-    ``quarantined``, see ``Reason``; "" when it is not. ``value`` is filled on a hit only, and left out of ``to_dict``.
+    ``quarantined``, see ``Reason``; "" when it is not. ``redirect``: the key of the request whose result answers, or
+    will answer, this one. ``value`` is filled on a hit only, and left out of ``to_dict``.
     """
 
     key: Key
@@ -146,6 +149,7 @@ class BatchStatus:
     queue: str = ""
     quarantined: bool = False
     reason: str = ""
+    redirect: Key | None = None
     value: Any = field(default=None, repr=False, compare=False)
 
     @property

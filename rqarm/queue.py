@@ -7,10 +7,10 @@ import socket
 import threading
 from typing import Any
 
-from rqarm import codec, flows, following, followups
+from rqarm import codec, flows, following, followups, redirects
 from rqarm.calls import Attempt
 from rqarm.flows import Core
-from rqarm.model import Key, Reason, Token
+from rqarm.model import Key, Reason, State, Token
 from rqarm.request import BatchRequest
 from rqarm.shell import AsyncShell, Shell, same_docs
 
@@ -97,6 +97,15 @@ class Lease(_Held):
         packed = _packed("Retry", error)
         self._shell.run(flows.retry(self._core, self._attempt, packed, delay=delay, kwargs=kwargs or None))
         self._is_ended = True
+
+    def redirect(self, target: BatchRequest | str) -> State:
+        """Let another request answer: this one becomes an alias of it. What it is now: pending, or as the target ended.
+
+        Raises LeaseLost, InvalidRequest. RedirectLoop, and Refused when the target's queue is full: the lease stays.
+        """
+        state = self._shell.run(redirects.redirected(self._core, self._attempt, target))
+        self._is_ended = True
+        return state
 
     def release(self) -> None:
         """Hand it back unharmed: it is next in line and the attempt does not count. Raises LeaseLost."""
@@ -187,6 +196,11 @@ class AsyncLease(_Held):
         packed = _packed("Retry", error)
         await self._shell.run(flows.retry(self._core, self._attempt, packed, delay=delay, kwargs=kwargs or None))
         self._is_ended = True
+
+    async def redirect(self, target: BatchRequest | str) -> State:
+        state = await self._shell.run(redirects.redirected(self._core, self._attempt, target))
+        self._is_ended = True
+        return state
 
     async def release(self) -> None:
         await self._shell.run(flows.release(self._core, self._attempt))

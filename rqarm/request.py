@@ -162,6 +162,21 @@ class BatchRequest:
             self._forms[ignore_params] = form
         return form
 
+    def with_options(self, *, queue: str | None, priority: Priority, sticky: bool, ttl: float | None) -> BatchRequest:
+        """The same request, asked for in another way."""
+        return BatchRequest(
+            self.uri,
+            self.params or None,
+            operation=self.operation,
+            sticky=sticky,
+            ttl=ttl,
+            key=self._given_key,
+            queue=queue,
+            priority=priority,
+            estimated_time=self.estimated_time,
+            tags=self.tags,
+        )
+
     def pack(self) -> bytes:
         """The request as a msgpack map with a schema version; what is at its default is left out."""
         fields: dict[str, Any] = {"v": SCHEMA, "u": self.uri}

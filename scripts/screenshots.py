@@ -83,6 +83,7 @@ def fill(crew: Any) -> dict[str, str]:
         "request-failed": f"requests/{failed[0]}",
         "cache": "cache",
         "claims": "claims",
+        "quarantine": "quarantine",
         "workers": "workers",
         "rq": "rq/",
         "rq-jobs": "rq/0/view/jobs/reports-low/queued/8/asc/1",

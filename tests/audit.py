@@ -25,7 +25,7 @@ STRIDE = 2.5e15
 RADIX = 128
 IN_FLIGHT = ("pending", "in_progress")
 #: keys of ours that may carry a TTL: a result and its record, and the throttle of the sweep
-MAY_EXPIRE = ("status:", "result:", "chunk:", "callbacks:", "followup:", "emitted:", "swept")
+MAY_EXPIRE = ("status:", "result:", "chunk:", "callbacks:", "followup:", "emitted:", "aliases:", "swept")
 RQ_LIST = "rq:queue:"
 TICKET = re.compile(r"^(?P<key>[A-Za-z0-9_-]+)-[0-9a-f]{8}$")
 
@@ -60,6 +60,7 @@ class _Audit:
         self._limits()
         self._views()
         self._counters()
+        self._redirects()
         return self.found
 
     def _check(self, holds: Any, claim: str) -> None:
@@ -90,6 +91,9 @@ class _Audit:
                 expires = self._expiry(kind, key=key)
                 self._check(expires in (-1, None), f"{kind} of {key} in flight has a TTL")
 
+    def _in_line(self) -> dict[str, dict[str, str]]:
+        return {key: record for key, record in self._in_state("pending").items() if "alias" not in record}
+
     def _leases(self) -> None:
         leases = self._zset("leases")
         running = self._in_state("in_progress")
@@ -104,12 +108,12 @@ class _Audit:
     def _queues(self) -> set[str]:
         prefix = self.keys.named("pending", queue="")
         stored = {name.removeprefix(prefix) for name in self.stored if name.startswith(prefix)}
-        return stored | {record["queue"] for record in self._in_state("pending").values()}
+        return stored | {record["queue"] for record in self._in_line().values()}
 
     def _lines(self) -> None:
         for queue in self._queues():
             line = self._zset("pending", queue=queue)
-            waiting = {key: r for key, r in self._in_state("pending").items() if r["queue"] == queue}
+            waiting = {key: r for key, r in self._in_line().items() if r["queue"] == queue}
             self._check(line.keys() == waiting.keys(), f"line {queue} {sorted(line)} is not {sorted(waiting)}")
             for key, record in waiting.items():
                 score = int(record["priority"]) * STRIDE + int(record["ticket"])
@@ -120,7 +124,7 @@ class _Audit:
     def _loads(self) -> None:
         prefix = self.keys.named("load", queue="")
         for queue in self._queues() | {n.removeprefix(prefix) for n in self.stored if n.startswith(prefix)}:
-            waiting = [r for r in self._in_state("pending").values() if r["queue"] == queue]
+            waiting = [r for r in self._in_line().values() if r["queue"] == queue]
             load = {name: int(sum_ms) for name, sum_ms in _texts(self._value("load", queue=queue) or {}).items()}
             self._check(waiting or not load, f"load of {queue} outlives its line: {load}")
             wanted: Counter[str] = Counter()
@@ -259,17 +263,47 @@ class _Audit:
             )
             self._check("limit" not in record or record["state"] in IN_FLIGHT, f"{key} has ended under a limit")
 
+    def _redirects(self) -> None:
+        """Aliases in flight are known to their root, and to the sweep; those that have ended well, to the indexes."""
+        led = {key: r for key, r in self._in_state("pending").items() if "alias" in r}
+        index = self._zset("redirected")
+        self._check(index.keys() == led.keys(), f"redirected {sorted(index)}, records say {sorted(led)}")
+        for key, record in led.items():
+            root = self.records.get(record["alias"], {})
+            known = self._value("aliases", key=record["alias"]) or []
+            self._check(key.encode() in known, f"{record['alias']} does not know its alias {key}")
+            self._check(self._expiry("aliases", key=record["alias"]) == -1, f"the aliases of {record['alias']} expire")
+            in_flight = root.get("state") in IN_FLIGHT and "alias" not in root
+            self._check(in_flight or key in self.lost, f"{key} leads to {record['alias']}, which is not in flight")
+            self._check("token" not in record, f"{key} is redirected and runs")
+        prefix = self.keys.named("aliases", key="")
+        for name, (_, members, _) in self.stored.items():
+            for key in (m.decode() for m in members) if name.startswith(prefix) else ():
+                record = self.records.get(key, {"alias": name.removeprefix(prefix)})
+                self._check(record.get("alias") == name.removeprefix(prefix), f"{key} is no alias of {name}")
+        results = self._zset("results")
+        for key, record in self._in_state("completed").items():
+            if "alias" in record:
+                expires = self._expiry("status", key=key)
+                due = float("inf") if expires == -1 else expires
+                self._check(results.get(key) == due, f"alias {key}: index and TTL disagree")
+                self._check(self._expiry("result", key=key) is None, f"alias {key} has a result of its own")
+        for key in self._in_state("in_progress"):
+            self._check("alias" not in self.records[key], f"{key} runs and is an alias")
+
     def _tickets(self) -> None:
         prefix: str = Job.redis_job_namespace_prefix
         jobs = {n.removeprefix(prefix): entry for n, entry in self.stored.items() if n.startswith(prefix)}
         for job_id, (_, value, _) in jobs.items():
+            if value.keys() == {b"last_heartbeat"}:
+                continue  # RQ's heartbeat puts back what has just ended, sees that, and deletes it
             if not decompress(value[b"data"]).startswith(b"["):
                 continue  # an ordinary job, pickled: ours never are
             call = arguments_of(value[b"data"])
             if call[0] == "rqarm.worker.perform" and call[2][0] == self.keys.namespace:
                 match = TICKET.match(job_id)
                 self._check(match and call[2] == [self.keys.namespace], f"job {job_id} calls for {call[2]}")
-        for key, record in self._in_state("pending").items():
+        for key, record in self._in_line().items():
             if key not in self.lost:
                 self._delivery(key, record, jobs.get(record["job_id"]))
 

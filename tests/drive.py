@@ -16,7 +16,19 @@ import redis
 from redis.exceptions import NoScriptError
 
 from rqarm import codec, flows, followups
-from rqarm.calls import Attempt, Batch, Call, Command, Found, NextUp, ParkingTicket, QuarantineEntry, Taken, Ticket
+from rqarm.calls import (
+    Attempt,
+    Batch,
+    Call,
+    Command,
+    Found,
+    NextUp,
+    ParkingTicket,
+    QuarantineEntry,
+    Redirection,
+    Taken,
+    Ticket,
+)
 from rqarm.config import Settings
 from rqarm.flows import Core, Emit, Flow
 from rqarm.keys import Keys
@@ -27,14 +39,14 @@ from rqarm.rqjobs import RqJobs
 #: what a state is called here: those of rqarm.model, and the kinds of them that scripts tell apart
 STATES = (
     "unknown", "pending", "scheduled", "mine", "other", "lapsed", "completed", "sticky", "evicted", "failed",
-    "negative", "quarantined", "exhausted", "cancelled", "placed", "full", "called", "parked",
+    "negative", "quarantined", "exhausted", "cancelled", "placed", "full", "called", "parked", "redirected", "aliased",
 )  # fmt: skip
 #: the word in the record for each
 STORED_STATE: dict[str, State] = {
     **{name: State(name) for name in ("unknown", "pending", "completed", "failed", "cancelled")},
-    **dict.fromkeys(("scheduled", "called", "parked"), State.PENDING),
+    **dict.fromkeys(("scheduled", "called", "parked", "redirected"), State.PENDING),
     **dict.fromkeys(("mine", "other", "lapsed", "placed", "full"), State.IN_PROGRESS),
-    **dict.fromkeys(("sticky", "evicted"), State.COMPLETED),
+    **dict.fromkeys(("sticky", "evicted", "aliased"), State.COMPLETED),
     **dict.fromkeys(("negative", "quarantined", "exhausted"), State.FAILED),
 }
 LEASE_MS = 60_000
@@ -239,6 +251,9 @@ class Rig:
             job_id,
         )
 
+    def redirect(self, attempt: Attempt, target: Key) -> Call[Redirection]:
+        return self.calls.redirect(attempt, target, failure_ttl_ms=86_400_000)
+
     def crash(self, key: Key, token: Token | None, ticket: Ticket) -> Call[str]:
         return self.calls.crash(key, token, ticket, delay_ms=0, error=ERROR)
 
@@ -297,7 +312,9 @@ class Rig:
 
     def age(self, key: Key) -> None:
         """The ticket was queued an hour ago: beyond the patience of every sweep."""
-        self.client.hset(self.keys.status(key), "pushed_ms", server_ms(self.client) - 3_600_000)
+        before = server_ms(self.client) - 3_600_000
+        self.client.hset(self.keys.status(key), "pushed_ms", before)
+        self.client.zadd(self.named("redirected"), {key: before}, xx=True)
 
     # -- states
 
@@ -318,6 +335,7 @@ class Rig:
     def seed(self, state: str, request: BatchRequest | str = "/slow") -> Seeded:
         """The request in this state."""
         request, execution = as_request(request), secrets.token_hex(8)
+        target = self.begin(BatchRequest("/target")) if state in ("redirected", "aliased") else None
         holder = self.placed("/holder") if state in ("full", "called", "parked") else None
         attempt = Attempt(
             request.key, Token(7), 1, request, {}, 0, 0, queue=self.core.queue_of(request), priority=request.priority
@@ -339,6 +357,11 @@ class Rig:
                 assert self.word(self.admit(attempt)) == "parked"
                 if state == "called":
                     assert self.word(self.calls.cancel(holder.key)) == "cancelled"
+            case "redirected" | "aliased":
+                assert target is not None
+                assert self.word(self.redirect(attempt, target.key)) == "linked"
+                if state == "aliased":
+                    assert self.word(self.complete(target)) == "stored"
             case "lapsed":
                 self.lapse(request.key)
             case "completed" | "evicted" | "sticky":

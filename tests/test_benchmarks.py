@@ -47,6 +47,8 @@ def test_the_benchmark_of_the_views_measures_each_and_watches_the_round_trips(tm
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads(told.read_text())
-    assert {name.partition(":")[0] for name in figures} >= {"search", "inspect", "claims", "workers", "cache.overview"}
+    assert {name.partition(":")[0] for name in figures} >= {
+        *("search", "inspect", "claims", "workers", "cache.overview", "overview", "page"),
+    }
     assert all(0 < figure["trips"] <= 3 for figure in figures.values() if "trips" in figure)
     assert figures["cache.clear: a route (all steps)"]["cleared"] == 60

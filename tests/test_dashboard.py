@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import logging
 import os
@@ -491,7 +492,7 @@ def filled(manager: RequestManager) -> dict[str, str]:
 
 
 def every_path(keys: dict[str, str]) -> list[str]:
-    pages = ["", "requests", "requests?state=failed", "cache", "cache?order=size", "claims", "workers"]
+    pages = ["", "requests", "requests?state=failed", "cache", "cache?order=size", "claims", "workers", "quarantine"]
     return [f"/{page}" for page in pages] + [f"/requests/{key}" for key in keys.values()]
 
 
@@ -840,3 +841,44 @@ def test_metrics_need_credentials_and_are_prometheus(manager: RequestManager) ->
     answer = client.get("/metrics", headers={"Authorization": "Bearer t0ken"})
     assert answer.mimetype == "text/plain"
     assert 'rqarm_submissions_total{outcome="new"} 1' in answer.text
+
+
+def test_the_page_on_it_names_every_path_and_option(client: FlaskClient) -> None:
+    text = (ROOT / "docs" / "dashboard.md").read_text()
+    told = re.findall(r"^\| `(/api/v1/[^`]*)` \|", text, re.MULTILINE)
+    assert sorted(told) == sorted(each["path"] for each in client.get("/api/v1/").json["paths"])
+    for each in dataclasses.fields(Options):
+        assert f"`RQARM_DASHBOARD_{each.name.upper()}`" in text
+    for path in ("healthz", "readyz", "metrics", "stream"):
+        assert f"| `/{path}` |" in text
+
+
+def test_the_quarantine_by_exception(client: FlaskClient, manager: RequestManager) -> None:
+    keys = set_aside(manager, "/q/1", "/q/2?token=geheim", "/q/3")
+    told = client.get("/api/v1/quarantine").json
+    assert (told["total"], told["shown"]) == (3, 3)
+    assert [(group["exception"], group["count"]) for group in told["groups"]] == [("ValueError", 3)]
+    page = client.get("/quarantine").text
+    assert HOSTILE not in page
+    assert "&lt;script&gt;" in page
+    assert "geheim" not in page
+    assert client.post(f"/api/v1/quarantine/{keys[0]}/requeue").json["outcome"] == "requeued"
+    assert manager.status(keys[0]).state == "pending"
+    assert client.post(f"/api/v1/quarantine/{keys[0]}/requeue").json["outcome"] == "in_flight"
+    assert client.post(f"/api/v1/quarantine/{keys[1]}/discard").json["outcome"] == "discarded"
+    assert manager.status(keys[1]).state == "unknown"
+    assert client.post("/api/v1/quarantine/discard").status_code == 400
+    assert client.post("/api/v1/quarantine/requeue", json={"exception": "KeyError"}).json["count"] == 0
+    answer = client.post("/quarantine/requeue", data={"exception": "ValueError"})
+    assert answer.headers["Location"] == "/quarantine?done=requeued:1"
+    assert manager.status(keys[2]).state == "pending"
+
+
+def set_aside(manager: RequestManager, *uris: str) -> list[str]:
+    """Requests that their handler wanted to be looked at; their keys."""
+    keys = [manager.submit(BatchRequest(uri)).key for uri in uris]
+    for uri in uris:
+        lease = manager.queues.next_request()
+        assert lease is not None
+        lease.fail(ValueError(f"{HOSTILE} {uri}"), quarantine=True, password="geheim")
+    return keys

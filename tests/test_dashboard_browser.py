@@ -405,3 +405,24 @@ def test_what_a_screen_reader_needs_is_there(window: Window, crew: workers.Crew)
         window.open(page)
         assert window.driver.execute_script(script) == [], page
     browsers.complaints(window.driver)  # that /nowhere is 404
+
+
+def test_what_was_set_aside_is_requeued_and_discarded(window: Window, crew: workers.Crew) -> None:
+    keys = []
+    for n in range(3):
+        keys.append(crew.rm.submit(BatchRequest(f"/aside/{n}", {"q": HOSTILE}, queue="aside")).key)
+        lease = crew.rm.queues.next_request(queue="aside")
+        assert lease is not None
+        lease.fail(ValueError(HOSTILE), quarantine=True)
+    window.open("quarantine")
+    window.shows("ValueError")
+    window.shows("onerror")
+    window.press("Requeue", near="/aside/0")
+    window.shows("Requeued 1 of them", ".notice")
+    assert crew.rm.status(keys[0]).state == "pending"
+    window.press_twice("Discard", "Yes, drop it", near="/aside/1")
+    window.shows("Discarded 1 of them", ".notice")
+    assert crew.rm.status(keys[1]).state == "unknown"
+    window.press_twice("Discard all…", "Yes, drop all of this exception", near="ValueError")
+    window.shows("Discarded 1 of them", ".notice")
+    window.shows("Nothing is set aside")

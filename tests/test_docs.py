@@ -17,6 +17,7 @@ import yaml
 import rqarm
 from rqarm.cli import common
 from rqarm.config import Settings
+from rqarm.dashboard import Options
 from rqarm.errors import InvalidRequest
 from rqarm.keys import PATTERNS, RECORD_FIELDS
 from rqarm.model import State
@@ -79,7 +80,9 @@ def test_the_table_of_settings_shows_the_defaults() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_variable_that_a_page_names_is_read_by_somebody(page: Path) -> None:
     named = set(re.findall(r"RQARM_[A-Z_]+", page.read_text("utf-8")))
-    assert named <= {f"RQARM_{field.name.upper()}" for field in fields(Settings)} | set(OTHER_VARIABLES)
+    known = {f"RQARM_{field.name.upper()}" for field in fields(Settings)}
+    known |= {f"RQARM_DASHBOARD_{field.name.upper()}" for field in fields(Options)}
+    assert named <= known | set(OTHER_VARIABLES)
 
 
 @pytest.mark.parametrize(("variable", "module"), OTHER_VARIABLES.items())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import http.client
 import math
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -429,6 +431,7 @@ def test_what_is_no_file_is_answered_in_words(site: RequestManager) -> None:
 # --- one program for each power
 
 
+@pytest.fixture
 def hired(url: str, tmp_path: Path) -> Iterator[Callable[[str], Crew]]:
     """Hires a worker with the handlers of an example."""
     with ExitStack() as stack:
@@ -461,3 +464,19 @@ def test_what_is_archived_is_not_computed(hired: Callable[[str], Crew]) -> None:
     team = hired("resources.py")
     assert team.rm.get("/sales/2024", timeout=20) == {"year": 2024, "total": 22, "source": "archive"}
     assert team.rm.get("/sales/2025", timeout=20) == {"year": 2025, "total": 42, "source": "database"}
+
+
+# --- redirects
+
+
+def test_the_redirects_example_computes_once_and_answers_three_times(url: str, redis_client: redis.Redis) -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("RQARM_", "RQ_"))}
+    environ |= {"RQARM_URL": url, "RQARM_ALLOW_VOLATILE": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    program = [sys.executable, str(EXAMPLES / "redirects.py")]
+    done = subprocess.run(program, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines.count("  computing FR-75") == 1
+    answers = [line.split(" completed ")[1] for line in lines[1:]]
+    root = BatchRequest("/city/FR-75").key
+    assert answers == ["{'code': 'FR-75'} -> " + root] * 2 + ["{'code': 'FR-75'}"]

@@ -148,9 +148,11 @@ def test_the_record_may_vanish_under_a_follower(rm: Any, threads: managers.Threa
     listening(redis_client, key)
     rm.cancel(key)
     assert following.result(PATIENCE) == [("error", RequestCancelled)]
-    rm.resubmit("/x")
+    key = rm.submit("/y").key
+    redis_client.config_resetstat()
     following = threads.start(followed, rm, key)
     listening(redis_client, key)
+    eventually(lambda: "cmdstat_evalsha" in redis_client.info("commandstats"), PATIENCE, "it has looked once")
     redis_client.delete(f"arm:status:{key}")
     redis_client.publish(f"arm:done:{key}", "unknown")
     assert following.result(PATIENCE) == [("error", RequestLost)]

@@ -170,8 +170,9 @@ def test_top_prints_one_frame_without_a_terminal(busy: Rig, url: str) -> None:
 # -- the port of a worker
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def home() -> Iterator[embedded.PrivateServer]:
+    """A server of its own: the workers that it knows are counted, and those that were killed stay for a while."""
     with servers.throwaway(servers.VALKEY or servers.REDIS) as server:
         yield server
 

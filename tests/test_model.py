@@ -39,7 +39,7 @@ from rqarm.request import BatchRequest
 
 EXAMPLES = int(os.environ.get("RQARM_EXPLORE", "0"))
 PROFILE = settings(
-    max_examples=EXAMPLES or 150,
+    max_examples=EXAMPLES or 200,
     stateful_step_count=50,
     deadline=None,
     derandomize=not EXAMPLES,
@@ -53,7 +53,7 @@ URIS = tuple(f"/{n}" for n in range(3))
 MAX_ATTEMPTS = 2
 #: low for the same reason: what is kept of an attempt's emissions
 MOST_ITEMS, MOST_BYTES = 3, 7
-VERBS = ("renew", "emit", "admit", "complete", "fail", "retry", "release", "crash")
+VERBS = ("renew", "emit", "admit", "complete", "fail", "retry", "release", "crash", "redirect", "redirect")
 
 uris = st.sampled_from(URIS)
 priorities = st.sampled_from(Priority)
@@ -89,6 +89,13 @@ class Record:
     untold: set[FollowUp] = field(default_factory=set)  # who has not been told that it was set aside
     place: str = ""  # under the limit: running, called, parked
     emitted: list[tuple[int, int]] = field(default_factory=list)  # number and size of what its attempt has emitted
+    alias: str = ""  # the URI of the request that answers for this one
+    redirected_by: int = 0
+
+    @property
+    def is_led(self) -> bool:
+        """Redirected, and its root has not ended."""
+        return self.state == "pending" and bool(self.alias)
 
     @property
     def in_flight(self) -> bool:
@@ -126,6 +133,7 @@ ENDS = {
     ("cancel", "cancelled"): "cancelled",
     ("revive", "revived"): "revived",
     ("conclude", "concluded"): "concluded",
+    **{("redirect", word): "redirected" for word in ("linked", "aliased", "failed", "cancelled")},
 }
 
 
@@ -174,6 +182,7 @@ REACHED = {
     ("forget", "forgotten in_flight unknown"),
     ("put", "stored"),
     ("retain", "retained no_result unknown"),
+    ("redirect", "linked aliased failed cancelled gone loop already lost"),
 }
 
 
@@ -247,6 +256,8 @@ class Machine(RuleBasedStateMachine):
         record.emitted = []
 
     def has_ticket(self, record: Record) -> bool:
+        if record.is_led:
+            return True
         delivery = self.world.jobs.get(record.job_id)
         return delivery == "scheduled" or (delivery == "queued" and record.job_id in self.world.lists[record.priority])
 
@@ -270,9 +281,39 @@ class Machine(RuleBasedStateMachine):
         assert attempt.request.uri == uri
         self.attempts[uri].append(attempt)
 
-    def landed(self, record: Record, state: str) -> None:
+    def landed(self, record: Record, state: str, *, negative: bool = False) -> None:
         record.state, record.token, record.execution, record.lapsed = state, 0, "", False
         self.vacate(record)
+        uri = next(uri for uri, other in self.world.records.items() if other is record)
+        for alias in self.aliases(uri, "pending"):
+            alias.state, alias.sticky, alias.negative = state, record.sticky, negative
+
+    def aliases(self, uri: str, *states: str) -> list[Record]:
+        return [record for record in self.world.records.values() if record.alias == uri and record.state in states]
+
+    def drop_aliases(self, uri: str) -> None:
+        for alias in self.aliases(uri, "completed"):
+            del self.world.records[next(uri for uri, other in self.world.records.items() if other is alias)]
+
+    def holder(self, uri: str) -> Record | None:
+        """Whose result answers."""
+        record = self.world.records.get(uri)
+        return self.world.records.get(record.alias) if record is not None and record.alias else record
+
+    def answers(self, uri: str) -> bool:
+        record, holder = self.world.records.get(uri), self.holder(uri)
+        return record is not None and record.state == "completed" and holder is not None and holder.has_result
+
+    def lengthened(self, uri: str, *, sticky: bool, ttl_ms: int) -> None:
+        """A hit on a request, or on an alias of it."""
+        holder = self.holder(uri)
+        assert holder is not None
+        root = next(uri for uri, other in self.world.records.items() if other is holder)
+        if sticky and not holder.sticky:
+            for record in [holder, *self.aliases(root, "completed")]:
+                record.sticky = True
+        elif not holder.sticky and ttl_ms > holder.life_ms:
+            holder.life_ms = ttl_ms
 
     def died(self, uri: str, record: Record, job_id: str, *, delayed: bool) -> str:
         record.crashes += 1
@@ -335,11 +376,8 @@ class Machine(RuleBasedStateMachine):
     ) -> str:
         ttl_ms, fallback_ms = int((request.ttl or 0) * 1000), fallback * HOUR_MS
         is_mine = record is not None and record.job_id == job_id
-        if record is not None and record.state == "completed" and record.has_result and (not again or is_mine):
-            if request.sticky:
-                record.sticky = True
-            elif not record.sticky and ttl_ms > record.life_ms:
-                record.life_ms = ttl_ms
+        if self.answers(uri) and (not again or is_mine):
+            self.lengthened(uri, sticky=request.sticky, ttl_ms=ttl_ms)
             return "hit"
         if record is not None and is_mine:
             return "joined" if record.moved_by == job_id else "new"
@@ -349,6 +387,8 @@ class Machine(RuleBasedStateMachine):
             return "negative"
         if record is None or record.state != "failed":
             self.world.payloads.pop(uri, None)
+        if record is not None and record.state == "completed":
+            self.drop_aliases(uri)
         self.world.records[uri] = Record(
             "pending",
             order=self.next_order(),
@@ -372,8 +412,24 @@ class Machine(RuleBasedStateMachine):
         job_id: str,
         payload: str,
     ) -> str:
-        self.keep(uri, payload)
-        if record.state == "in_progress" and record.lapsed:
+        root = self.world.records[record.alias] if record.is_led else None
+        if root is not None and self.is_dead_for_a_submit(root):
+            record.alias, root = "", None
+            Watched.executions["revived"] += 1
+            self.keep(uri, payload)
+            outcome = "new"
+        elif root is not None:
+            self.keep(record.alias, payload)
+            outcome = "joined"
+            root.sticky |= request.sticky
+            root.ttl_ms = max(root.ttl_ms, ttl_ms)
+            root.fallback_ms = max(root.fallback_ms, fallback_ms)
+        else:
+            outcome = ""
+            self.keep(uri, payload)
+        if outcome:
+            pass  # its root has decided
+        elif record.state == "in_progress" and record.lapsed:
             Watched.executions["crashed"] += 1
             record.crashes += 1
             if record.crashes >= MAX_ATTEMPTS:
@@ -382,7 +438,7 @@ class Machine(RuleBasedStateMachine):
                 record.untold = {FollowUp.FAILURE, FollowUp.QUARANTINE}
                 return "negative"
             outcome = "new"
-        elif record.state == "pending" and record.job_id not in self.world.jobs:
+        elif self.is_dead_for_a_submit(record):
             Watched.executions["revived"] += 1
             outcome = "new"
         else:
@@ -390,7 +446,7 @@ class Machine(RuleBasedStateMachine):
         record.sticky |= request.sticky
         record.ttl_ms = max(record.ttl_ms, ttl_ms)
         record.fallback_ms = max(record.fallback_ms, fallback_ms)
-        moves = request.priority < record.priority
+        moves = root is None and request.priority < record.priority
         if outcome == "new" or (record.state == "pending" and moves):
             if moves:
                 record.priority, record.order = int(request.priority), self.next_order()
@@ -399,6 +455,9 @@ class Machine(RuleBasedStateMachine):
             self.back_in_line(record, job_id)
             self.push(uri, job_id, request.priority)
         return outcome
+
+    def is_dead_for_a_submit(self, record: Record) -> bool:
+        return record.lapsed or (record.state == "pending" and record.job_id not in self.world.jobs)
 
     @initialize(priority=priorities, places=st.sampled_from([1, 2]), crowded=st.booleans())
     def begin_busy(self, priority: Priority, places: int, crowded: bool) -> None:
@@ -443,6 +502,7 @@ class Machine(RuleBasedStateMachine):
         wanted = "unknown" if record is None else "cancelled" if record.in_flight else "ended"
         assert self.rig.word(self.rig.calls.cancel(self.key(uri))) == wanted
         if record is not None and record.in_flight:
+            record.alias = ""
             self.landed(record, "cancelled")
             self.world.payloads.pop(uri, None)
 
@@ -451,21 +511,21 @@ class Machine(RuleBasedStateMachine):
         wanted = "unknown" if record is None else "in_flight" if record.in_flight else "forgotten"
         assert self.rig.word(self.rig.calls.forget(self.key(uri))) == wanted
         if wanted == "forgotten":
+            self.drop_aliases(uri)
             del self.world.records[uri]
             self.world.payloads.pop(uri, None)
 
-    def decided(self, uri: str, data: st.DataObject) -> tuple[str, str, Record | None]:
-        """The ticket of an entry as somebody saw it, now or earlier, and the word to expect when nobody decided."""
+    def decided(self, uri: str) -> tuple[str, str, Record | None]:
+        """The ticket of an entry as somebody saw it, the word to expect when it is none, and the record when it is."""
         record = self.world.records.get(uri)
         if record is None:
             return f"{self.key(uri)}-00000000", "unknown", None
-        old = data.draw(st.sampled_from([record.job_id, *self.tickets[uri][-2:]]))
         if not record.reason:
-            return old, "in_flight" if record.in_flight else "ended", None
-        return old, "superseded", record if old == record.job_id else None
+            return record.job_id, "in_flight" if record.in_flight else "ended", None
+        return record.job_id, "", record
 
     def requeue(self, uri: str, data: st.DataObject) -> None:
-        old, refusal, record = self.decided(uri, data)
+        old, refusal, record = self.decided(uri)
         rank = record.priority if record is not None else 1
         ticket = self.rig.ticket(BatchRequest(uri), priority=Priority(rank))
         call = self.rig.requeue(self.key(uri), old, ticket)
@@ -481,7 +541,7 @@ class Machine(RuleBasedStateMachine):
             assert self.rig.word(call) == "already"
 
     def discard(self, uri: str, data: st.DataObject) -> None:
-        old, refusal, record = self.decided(uri, data)
+        old, refusal, record = self.decided(uri)
         call = self.rig.discard(self.key(uri), old)
         assert self.rig.word(call) == ("discarded" if record is not None else refusal)
         if record is not None:
@@ -492,18 +552,25 @@ class Machine(RuleBasedStateMachine):
             assert self.rig.word(call) == "unknown"
 
     @precondition(lambda self: any(record.reason for record in self.world.records.values()))
-    @rule(data=st.data(), what=st.sampled_from(["requeue", "requeue", "discard"]))
+    @rule(data=st.data(), what=st.sampled_from(["requeue", "discard"]))
     def decide(self, data: st.DataObject, what: str) -> None:
         """Somebody looks at the quarantine."""
         aside = [uri for uri, record in self.world.records.items() if record.reason]
-        getattr(self, what)(data.draw(st.sampled_from(aside)), data)
+        uri = data.draw(st.sampled_from(aside))
+        # first somebody who saw it before it was requeued, and set aside again
+        key, seen = self.key(uri), f"{self.key(uri)}-00000000"
+        assert self.rig.word(self.rig.requeue(key, seen, self.rig.ticket(BatchRequest(uri)))) == "superseded"
+        assert self.rig.word(self.rig.discard(key, seen)) == "superseded"
+        getattr(self, what)(uri, data)
 
     def put(self, uri: str, data: st.DataObject) -> None:
         sticky, twice = data.draw(st.booleans()), data.draw(st.booleans())
         call = self.rig.put(BatchRequest(uri, sticky=sticky), secrets.token_hex(8))
         for _ in range(1 + twice):
             assert self.rig.word(call) == "stored"
+        self.drop_aliases(uri)
         record = self.world.records.setdefault(uri, Record("completed"))
+        record.alias = ""
         life_ms = int(self.rig.settings.ttl * 1000)
         if record.in_flight:  # who waits for it asked for as much
             sticky, life_ms = sticky or record.sticky, max(life_ms, record.ttl_ms)
@@ -511,8 +578,8 @@ class Machine(RuleBasedStateMachine):
         record.emitted = []
 
     def stored(self, uri: str, record: Record, sticky: bool, life_ms: int) -> None:
-        self.landed(record, "completed")
         record.has_result, record.sticky, record.life_ms, record.retained = True, sticky, life_ms, False
+        self.landed(record, "completed")
         record.reason, record.negative = "", False
         record.untold = set()
         self.world.payloads.pop(uri, None)
@@ -526,16 +593,19 @@ class Machine(RuleBasedStateMachine):
         ]
         assert self.rig.run(browse.clear(self.rig.core, None, None, temporary_only=temporary_only)) == len(gone)
         for uri in gone:
+            assert self.world.records[uri].alias in ("", *gone)
+        for uri in gone:
             del self.world.records[uri]
 
     def retain(self, uri: str, data: st.DataObject) -> None:
         ttl = data.draw(st.sampled_from([None, 3600.0, 7200.0]))
         record = self.world.records.get(uri)
-        holds = record is not None and record.state == "completed" and record.has_result
+        holder, holds = self.holder(uri), self.answers(uri)
         wanted = "unknown" if record is None else "retained" if holds else "no_result"
         assert self.rig.word(browse.retain_call(self.rig.core, self.key(uri), ttl)) == wanted
-        if record is not None and holds:
-            record.sticky, record.retained = ttl is None, True
+        if record is not None and holder is not None and holds:
+            for each in [holder, *self.aliases(record.alias or uri, "completed")]:
+                each.sticky, each.retained = ttl is None, True
 
     def take_away(self, uri: str, data: st.DataObject) -> None:
         """An operator releases what runs; its holder learns of it at the next renewal."""
@@ -589,6 +659,17 @@ class Machine(RuleBasedStateMachine):
         if record.state == "failed":
             record.crashes = record.retries = 0
             record.emitted = []
+            record.alias = ""
+
+    @staticmethod
+    def may_start(record: Record | None, job_id: str, *, is_own: bool = False) -> bool:
+        """``is_own``: whoever has just submitted it starts it; what has failed is not started anew for him."""
+        return (
+            record is not None
+            and record.state in ("pending", "failed")[: 1 if is_own else 2]
+            and record.job_id == job_id
+            and not record.is_led
+        )
 
     def popped(self) -> str | None:
         """The request that a take starts; superseded tickets in front of it are thrown away."""
@@ -598,7 +679,7 @@ class Machine(RuleBasedStateMachine):
                 self.world.jobs.pop(job_id, None)
                 uri = self.uri_of(job_id)
                 record = self.world.records.get(uri)
-                if record is not None and record.state in ("pending", "failed") and record.job_id == job_id:
+                if self.may_start(record, job_id):
                     self.forgive(record)
                     return uri
         return None
@@ -621,7 +702,7 @@ class Machine(RuleBasedStateMachine):
         elif is_again and record.state == "in_progress":
             assert isinstance(answer, Attempt)
             assert int(answer.token) == record.token
-        elif record.state in ("pending", "failed")[: 1 if is_own else 2] and record.job_id == job_id:
+        elif self.may_start(record, job_id, is_own=is_own):
             assert isinstance(answer, Attempt)
             self.forgive(record)
             self.began(uri, record, execution, answer)
@@ -777,7 +858,7 @@ class Machine(RuleBasedStateMachine):
         is_done = record.state == "failed" and record.done_token == int(attempt.token)
         assert self.rig.word(call) == ("already" if is_done else "failed" if holds else "lost")
         if holds:
-            self.landed(record, "failed")
+            self.landed(record, "failed", negative=negative)
             record.negative, record.done_token, record.reason = negative, int(attempt.token), reason
             record.untold = {FollowUp.FAILURE, FollowUp.QUARANTINE} if reason else set()
             if up is not None:
@@ -807,6 +888,61 @@ class Machine(RuleBasedStateMachine):
             self.push(uri, ticket.job_id, record.priority, front=True)
             assert self.rig.word(call) == "already"
 
+    def act_redirect(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
+        self.redirect_to(uri, record, attempt, holds, data.draw(st.sampled_from(URIS)))
+
+    @precondition(lambda self: self.running() and self.ended())
+    @rule(data=st.data())
+    def redirect_to_what_has_ended(self, data: st.DataObject) -> None:
+        uri, target = data.draw(st.sampled_from(self.running())), data.draw(st.sampled_from(self.ended()))
+        self.redirect_to(uri, self.world.records[uri], self.attempts[uri][-1], True, target)
+
+    def ended(self) -> list[str]:
+        return [uri for uri, record in self.world.records.items() if not record.in_flight]
+
+    def redirect_to(self, uri: str, record: Record, attempt: Attempt, holds: bool, target: str) -> None:
+        call = self.rig.redirect(attempt, self.key(target))
+        if record.alias and record.redirected_by == int(attempt.token):
+            assert self.rig.word(call) == "already"
+            return
+        wanted = self.redirected(uri, record, target, int(attempt.token)) if holds else "lost"
+        assert self.rig.word(call) == wanted
+        assert self.rig.word(call) == ("already" if wanted in ("linked", "aliased", "failed", "cancelled") else wanted)
+
+    def redirected(self, uri: str, record: Record, target: str, token: int) -> str:
+        aim = self.world.records.get(target)
+        root = aim.alias if aim is not None and aim.alias and aim.state in ("pending", "completed") else target
+        if target == uri or (aim is not None and aim.in_flight and root == uri):
+            return "loop"
+        if aim is None or (aim.state == "completed" and not self.answers(target)):
+            return "gone"
+        led = [record, *self.aliases(uri, "pending")]
+        record.state = "pending"
+        record.token, record.execution, record.lapsed, record.redirected_by = 0, "", False, token
+        record.emitted = []
+        self.vacate(record)
+        for each in led:
+            each.alias = root
+        payloads = self.world.payloads.pop(uri, set())
+        if aim.in_flight:
+            holder = self.world.records[root]
+            holder.sticky |= record.sticky
+            holder.ttl_ms = max(holder.ttl_ms, record.ttl_ms)
+            holder.fallback_ms = max(holder.fallback_ms, record.fallback_ms)
+            for payload in payloads:
+                self.keep(root, payload)
+            return "linked"
+        if aim.state == "completed":
+            self.lengthened(target, sticky=record.sticky, ttl_ms=record.ttl_ms)
+            for each in led:
+                each.state, each.sticky = "completed", self.world.records[root].sticky
+            return "aliased"
+        for each in led:
+            each.state, each.negative = aim.state, aim.negative
+        if aim.state == "failed" and payloads:
+            self.world.payloads[uri] = payloads
+        return aim.state
+
     def act_crash(self, uri: str, record: Record, attempt: Attempt, holds: bool, data: st.DataObject) -> None:
         by_clock = data.draw(st.booleans())
         ticket = self.rig.ticket(attempt.request, priority=Priority(record.priority))
@@ -826,7 +962,7 @@ class Machine(RuleBasedStateMachine):
         ticket = self.rig.ticket(BatchRequest(uri), priority=Priority(rank))
         found = Overdue(self.key(uri), uri, "arm", Priority(rank), job_id=old)
         call = self.rig.calls.revive(found, ticket)
-        if record is not None and record.state == "pending" and record.job_id == old:
+        if record is not None and record.state == "pending" and record.job_id == old and not record.is_led:
             assert self.rig.word(call) == "revived"
             self.back_in_line(record, ticket.job_id)
             self.push(uri, ticket.job_id, record.priority)
@@ -913,7 +1049,9 @@ class Machine(RuleBasedStateMachine):
     def the_server_agrees(self) -> None:
         world = self.world
         assert tuple(self.rig.waiting()) == world.lists
-        waiting = [(r.priority, r.order, uri) for uri, r in world.records.items() if r.state == "pending"]
+        waiting = [
+            (r.priority, r.order, uri) for uri, r in world.records.items() if r.state == "pending" and not r.alias
+        ]
         assert self.rig.line() == [self.key(uri) for _, _, uri in sorted(waiting)]
         for uri in URIS:
             self.record_agrees(uri, world.records.get(uri))
@@ -932,6 +1070,7 @@ class Machine(RuleBasedStateMachine):
         assert record.state != "pending" or ("due_ms" in stored) == record.delayed
         assert stored.get("limit") == (LIMIT if record.place else None)
         assert ("recall" in stored) == (record.place == "parked")
+        assert stored.get("alias", "") == (self.key(record.alias) if record.alias else "")
         counts = [int(stored.get(name, 0)) for name in ("attempts", "crashes", "retries", "token")]
         assert counts == [record.attempts, record.crashes, record.retries, record.token]
         assert stored.get("quarantined", "") == record.reason
@@ -939,7 +1078,7 @@ class Machine(RuleBasedStateMachine):
             assert int(stored["priority"]) == record.priority
             assert int(stored["ttl_ms"]) == record.ttl_ms
             assert int(stored["fallback_ttl_ms"]) == record.fallback_ms
-        if record.in_flight or record.has_result:
+        if record.in_flight or self.answers(uri):
             assert stored["sticky"] == str(int(record.sticky))
         if record.has_result and not record.sticky and not record.retained:
             expires = self.client.pexpiretime(self.rig.named("result", key=self.key(uri)))

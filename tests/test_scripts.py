@@ -35,6 +35,7 @@ MAY_GIVE_TTL = {
     "fail": {"PEXPIRE"},
     "cancel": {"PEXPIRE"},
     "complete": {"PEXPIRE"},
+    "redirect": {"PEXPIRE"},
 }
 
 _BINDING = re.compile(r"^local ([\w, ]+) = (.*(?:KEYS|ARGV).*)$", re.MULTILINE)
@@ -144,8 +145,8 @@ def test_there_is_a_script_for_every_file_but_the_prelude() -> None:
 def test_no_script_spells_a_key_name(name: str) -> None:
     strings = re.findall(r"'([^'\n]*)'", re.sub(r"--[^\n]*", "", SOURCES[name]))
     literals = {part for pattern in PATTERNS.values() for part in re.split(r"\{\w+\}", pattern) if part != ":"}
-    # `swept` is a key and a word of the sweep's answer, `quarantine` a key and a kind of follow-up
-    assert not (set(strings) & (literals - {"", "swept", "quarantine"}))
+    # keys that are also words: of the sweep's answer, a kind of follow-up, what is counted
+    assert not (set(strings) & (literals - {"", "swept", "quarantine", "redirected"}))
     assert not [text for text in strings if text.startswith(("rq:", "arm:"))]
 
 
@@ -159,7 +160,7 @@ def test_no_script_gives_a_ttl_to_what_is_in_flight(name: str) -> None:
 def test_only_a_result_its_record_and_a_replaced_ticket_get_a_ttl(name: str) -> None:
     source = re.sub(r"--[^\n]*", "", SOURCES[name])
     receivers = re.findall(r"(?<!function )(?:expire_at\(|'PEXPIRE', )(\w+)", source)
-    ended = {"callbacks_name", "followup_name", "emitted_name", "handed"}
+    ended = {"callbacks_name", "followup_name", "emitted_name", "aliases_name", "handed"}
     assert set(receivers) <= {"chunk_name", "result_name", "status_name", "status", "replaced"} | ended
 
 

@@ -34,6 +34,8 @@ from rqarm.scripts import all_scripts, script
 REQUEST = BatchRequest("/slow?x=1", key="slow", tags=["red"])
 #: same readable key, another request
 IMPOSTOR = BatchRequest("/other", key="slow")
+#: where redirects lead
+TARGET = BatchRequest("/target")
 
 # fmt: off
 TABLE = ("""
@@ -77,6 +79,8 @@ crash same          alive       already     already     already     already     
 revive mine         alive       revived*    revived*    alive       alive       alive
 revive other        alive       alive       alive       alive       alive       alive
 revive same         alive       already     already     already     already     already
+redirect mine       lost        lost        lost        linked*     lost        linked*
+redirect other      lost        lost        lost        lost        lost        lost
 cancel -            unknown     cancelled*  cancelled*  cancelled*  cancelled*  cancelled*
 forget -            unknown     in_flight   in_flight   in_flight   in_flight   in_flight
 requeue mine        unknown     in_flight   in_flight   in_flight   in_flight   in_flight
@@ -145,6 +149,8 @@ crash same          already     already     already     already     already     
 revive mine         alive       alive       alive       alive       alive       alive       alive       alive
 revive other        alive       alive       alive       alive       alive       alive       alive       alive
 revive same         already     already     already     already     already     already     already     already
+redirect other      lost        lost        lost        lost        lost        lost        lost        lost
+redirect mine       lost        lost        lost        lost        lost        lost        lost        lost
 cancel -            ended       ended       ended       ended       ended       ended       ended       ended
 forget -            forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*
 requeue mine        ended       ended       ended       ended       ended       requeued*   requeued*   ended
@@ -213,6 +219,8 @@ crash same          already     already     already     already
 revive mine         alive       alive       revived*    revived*
 revive other        alive       alive       alive       alive
 revive same         already     already     already     already
+redirect mine       linked*     linked*     lost        lost
+redirect other      lost        lost        lost        lost
 cancel -            cancelled*  cancelled*  cancelled*  cancelled*
 forget -            in_flight   in_flight   in_flight   in_flight
 requeue mine        in_flight   in_flight   in_flight   in_flight
@@ -240,6 +248,76 @@ retain sticky       no_result   no_result   no_result   no_result
 invalidate red      invalidated  invalidated  invalidated  invalidated
 clear route         cleared     cleared     cleared     cleared
 clear old           cleared     cleared     cleared     cleared
+""", """
+                    redirected  aliased
+submit new          joined      hit
+submit same         new         hit
+submit again        joined      new*
+submit impostor     conflict    conflict
+start same          superseded  superseded
+start other         superseded  superseded
+start repeated      superseded  superseded
+start own           superseded  superseded
+take new            empty       empty
+take repeated       empty       empty
+admit mine          lost        lost
+admit other         lost        lost
+admit same          parked      parked
+renew mine          lost        lost
+renew other         lost        lost
+emit mine           lost        lost
+emit other          lost        lost
+complete mine       lost        lost
+complete other      lost        lost
+fail mine           lost        lost
+fail other          lost        lost
+retry mine          lost        lost
+retry other         lost        lost
+retry same          already     already
+release mine        lost        lost
+release other       lost        lost
+release same        already     already
+conclude mine       lost        lost
+conclude other      lost        lost
+attend failure      already     already
+attend quarantine   already     already
+attend other        already     already
+crash mine          alive       alive
+crash other         alive       alive
+crash clock         alive       alive
+crash same          already     already
+revive mine         alive       alive
+revive other        alive       alive
+revive same         already     already
+redirect mine       already     already
+redirect other      lost        lost
+cancel -            cancelled*  ended
+forget -            in_flight   forgotten*
+requeue mine        in_flight   ended
+requeue other       in_flight   ended
+requeue same        already     already
+discard mine        in_flight   ended
+discard other       in_flight   ended
+put new             stored*     stored*
+put impostor        conflict    conflict
+read -              found       found
+follow -            found       found
+locate -            found       found
+browse line         page        page
+browse results      page        page
+sweep -             swept       swept
+clear all           cleared     cleared*
+clear temporary     cleared     cleared*
+stats -             stats       stats
+overview -          overview    overview
+search any          page        page
+claims -            page        page
+inspect -           found       found
+survey -            survey      survey
+retain sticky       no_result   retained*
+invalidate red      invalidated invalidated*
+clear route         cleared     cleared*
+clear old           cleared     cleared
 """)
 # fmt: on
 
@@ -267,6 +345,7 @@ SECOND_WORD = {
     ("revive", "revived"): "already",
     ("conclude", "concluded"): "already",
     ("attend", "attended"): "already",
+    ("redirect", "linked"): "already",
     ("cancel", "cancelled"): "ended",
     ("forget", "forgotten"): "unknown",
     ("requeue", "requeued"): "already",
@@ -331,6 +410,9 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
             return rig.requeue(key, seen, same if variant == "same" else rig.ticket(REQUEST))
         case "discard", _:
             return rig.discard(key, ticket.job_id if variant == "other" else seeded.job_id)
+        case "redirect", _:
+            rig.word(rig.submit(TARGET))
+            return rig.redirect(attempt, TARGET.key)
         case "put", _:
             return rig.put(IMPOSTOR if variant == "impostor" else REQUEST, secrets.token_hex(8))
         case "read", _:
@@ -476,6 +558,29 @@ def _suspended(rig: Rig) -> Call[Any]:
     return rig.take_any(rig.jobs.lists("arm"), for_rq=True)
 
 
+def _redirected(target: str) -> Callable[[Rig], Call[Any]]:
+    def prepare(rig: Rig) -> Call[Any]:
+        rig.seed(target, TARGET)
+        return rig.redirect(rig.seed("mine", REQUEST).attempt, TARGET.key)
+
+    return prepare
+
+
+def _loop(rig: Rig) -> Call[Any]:
+    target = rig.begin(TARGET)
+    assert rig.word(rig.redirect(rig.begin(REQUEST), TARGET.key)) == "linked"
+    return rig.redirect(target, REQUEST.key)
+
+
+def _endless(rig: Rig) -> Call[Any]:
+    attempt = rig.begin(BatchRequest("/0"))
+    for n in range(1, 21):
+        following = rig.begin(BatchRequest(f"/{n}"))
+        assert rig.word(rig.redirect(attempt, following.key)) == "linked"
+        attempt = following
+    return rig.redirect(attempt, rig.begin(TARGET).key)
+
+
 def chunked(rig: Rig) -> codec.Envelope:
     """The envelope of a result in three pieces, none of which is stored."""
     small = replace(rig.settings, inline_bytes=10, chunk_bytes=1_000)
@@ -498,6 +603,12 @@ SPECIAL: dict[tuple[str, str], tuple[Callable[[Rig], Call[Any]], str]] = {
     ("emit", "already"): (_emitted_before, "already"),
     ("complete", "torn"): (_torn, "torn"),
     ("put", "torn"): (_torn_put, "torn"),
+    ("redirect", "aliased"): (_redirected("completed"), "already"),
+    ("redirect", "failed"): (_redirected("negative"), "already"),
+    ("redirect", "cancelled"): (_redirected("cancelled"), "already"),
+    ("redirect", "gone"): (_redirected("evicted"), "gone"),
+    ("redirect", "loop"): (_loop, "loop"),
+    ("redirect", "endless"): (_endless, "endless"),
     ("crash", "quarantined"): (_last_crash, "already"),
     ("take", "foreign"): (_foreign, "foreign"),
     ("take", "suspended"): (_suspended, "suspended"),

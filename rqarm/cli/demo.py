@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -261,8 +262,7 @@ class Team:
 def clear(rm: RequestManager) -> None:
     """Drop the keys of the namespace, and the RQ jobs that its records name. Nobody else's keys are touched."""
     connection, keys = rm.connection, Keys(NAME)
-    anything = dict.fromkeys(("key", "owner", "n", "queue", "family", "limit"), "*")
-    patterns = [keys.named(pattern, **anything) for pattern in PATTERNS]
+    patterns = [keys.prefix + re.sub(r"\{\w+\}", "*", pattern) for pattern in PATTERNS.values()]
     names = [name.decode(errors="replace") for name in connection.scan_iter(f"{NAME}:*", count=1000)]
     ours = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
     noted = [connection.hget(name, "job_id") for name in ours if fnmatchcase(name, keys.status(Key("*")))]

@@ -14,6 +14,7 @@ from flask import Blueprint, Response, jsonify, redirect, request, url_for
 from rqarm.dashboard.security import note
 from rqarm.dashboard.state import Dashboard
 from rqarm.errors import InvalidRequest, RequestUnknown
+from rqarm.model import Key
 from rqarm.uri import check_key
 
 Arguments = Mapping[str, str]
@@ -187,6 +188,29 @@ def invalidate(dashboard: Dashboard, given: Arguments) -> Done:
     return Done("cleared", f"tag {tag}", dashboard.manager.cache.invalidate(tag))
 
 
+# -- the quarantine
+
+
+def requeue(dashboard: Dashboard, given: Arguments) -> Done:
+    """Run what was set aside again: ``key``, or all of ``exception``, ``route``, ``reason``."""
+    return _moved("requeued", given, dashboard.manager.quarantine.requeue)
+
+
+def discard(dashboard: Dashboard, given: Arguments) -> Done:
+    """Drop what was set aside: ``key``, or all of ``exception``, ``route``, ``reason``."""
+    return _moved("discarded", given, dashboard.manager.quarantine.discard)
+
+
+def _moved(word: str, given: Arguments, move: Callable[..., Mapping[Key, str]]) -> Done:
+    if key := given.get("key", ""):
+        words = move(check_key(key))
+        outcome = next(iter(words.values()))
+        return Done(word if outcome == word else outcome, key)
+    chosen = {name: given[name] for name in ("exception", "route", "reason") if given.get(name)}
+    words = move(**chosen)
+    return Done(word, str(chosen), sum(each == word for each in words.values()))
+
+
 def _seconds(given: Arguments) -> float:
     text = given.get("seconds", "").strip()
     try:
@@ -206,4 +230,8 @@ ACTIONS: tuple[Action, ...] = (
     Action("clear_temporary", "/cache/clear-temporary", clear_temporary, back="cache"),
     Action("clear_route", "/cache/clear-route", clear_route, back="cache"),
     Action("invalidate", "/cache/invalidate", invalidate, back="cache"),
+    Action("requeue", "/quarantine/<key>/requeue", requeue, back="quarantine"),
+    Action("discard", "/quarantine/<key>/discard", discard, back="quarantine"),
+    Action("requeue_group", "/quarantine/requeue", requeue, back="quarantine"),
+    Action("discard_group", "/quarantine/discard", discard, back="quarantine"),
 )

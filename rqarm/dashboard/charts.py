@@ -105,11 +105,13 @@ def submissions(minutes: Sequence[Mapping[str, Any]], series: Sequence[str]) -> 
 
 
 def ranges(counts: Sequence[Mapping[str, Any]], title: str) -> Markup:
-    """A histogram of durations; each range has ``upto`` in seconds (None = above all) and ``count``."""
+    """A histogram of durations; each range has ``upto`` in seconds (None = above all) and ``count``.
+
+    A label is the upper end of its range.
+    """
     last = next((each["upto"] for each in reversed(counts) if each["upto"] is not None), 0.0)
     named = [
-        (f"≤ {_short(each['upto'])}" if each["upto"] is not None else f"> {_short(last)}", each["count"])
-        for each in counts
+        (_short(each["upto"]) if each["upto"] is not None else f"> {_short(last)}", each["count"]) for each in counts
     ]
     told = ", ".join(f"{label}: {count:,}" for label, count in named if count) or "none"
     return bars(named, title=title, summary=f"{title}: {told}")

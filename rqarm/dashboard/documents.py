@@ -7,6 +7,7 @@ InvalidRequest.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,6 +102,13 @@ def workers(dashboard: Dashboard, _: Arguments) -> Document:
     return dashboard.manager.workers().to_dict()
 
 
+def quarantine(dashboard: Dashboard, given: Arguments) -> Document:
+    """The newest that were set aside, grouped by exception: ?limit= up to 100"""
+    aside = dashboard.manager.quarantine
+    entries = [_set_aside(dashboard, each) for each in aside.list(limit=_number(given, "limit", 100, 1, 100))]
+    return {"groups": _groups(entries), "shown": len(entries), "total": aside.count()}
+
+
 def explain(dashboard: Dashboard, given: Arguments) -> Document:
     """Why the request ?uri= has its key, and what a submit of it would do now."""
     if not given.get("uri"):
@@ -172,6 +180,27 @@ def _redacted_part(dashboard: Dashboard, part: str) -> str:
 def _entry(dashboard: Dashboard, entry: Any) -> Document:
     document: Document = entry.to_dict()
     return {**document, "status": _status(dashboard, entry.status)}
+
+
+def _set_aside(dashboard: Dashboard, entry: Any) -> Document:
+    document: Document = jsonable(entry.to_dict())
+    secret = dashboard.manager.settings.secret_params
+    document["uri"] = dashboard.redacted(document["uri"])
+    for name in ("message", "traceback"):
+        document[name] = _redacted_lines(dashboard, document[name])
+    for name in ("kwargs", "info"):
+        document[name] = shown.scrubbed(document[name], secret)
+    del document["payloads"]
+    return document
+
+
+def _groups(entries: list[Document]) -> list[Document]:
+    """Entries of the quarantine by exception, the largest group first."""
+    counts = Counter(each["exception"] for each in entries)
+    return [
+        {"exception": name, "count": count, "entries": [each for each in entries if each["exception"] == name]}
+        for name, count in counts.most_common()
+    ]
 
 
 def _preview(dashboard: Dashboard, detail: Document) -> Document:

@@ -36,6 +36,7 @@ PAGES = (
     Page("request", "/requests/<key>", "Request", documents.request),
     Page("cache", "/cache", "Cache", documents.cache),
     Page("claims", "/claims", "Claims", documents.claims),
+    Page("quarantine", "/quarantine", "Quarantine", documents.quarantine),
     Page("workers", "/workers", "Workers", documents.workers),
 )
 

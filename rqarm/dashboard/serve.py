@@ -7,10 +7,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import waitress
 from flask import Flask
+from waitress import wasyncore
 
 from rqarm.dashboard.state import Dashboard
 
@@ -68,5 +70,6 @@ def serving(app: Flask, port: int = 0) -> Iterator[str]:
     finally:
         server._dashboard.close()
         server._server.task_dispatcher.shutdown()
-        server._server.close()
+        # in its own thread: under its select, closed sockets are errors
+        server._server.trigger.pull_trigger(partial(wasyncore.close_all, server._server._map, True))
         thread.join(5)

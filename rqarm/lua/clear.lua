@@ -39,9 +39,9 @@ for key, its_score in pairs_of(rows) do
   if not is_wanted(key, fields) then
     cursor = its_score .. ' ' .. key
   else
-    drop_result(key, 'cleared')
+    cleared = cleared + drop_result(key, 'cleared')
     if fields.state == 'completed' then
-      redis.call('UNLINK', status_name(key), callbacks_name(key), emitted_name(key))
+      erase(key)
       event('forget', key, 'unknown')
       cleared = cleared + 1
     end

@@ -28,7 +28,7 @@ if chunks > 0 then
 end
 
 make_room(key, claim)
-redis.call('UNLINK', status, callbacks_name(key), followup_name(key), unpack(job ~= '' and {job} or {}))
+erase(key, job)
 wake(key, 'unknown')
 count('executions', 'concluded')
 event('conclude', key, 'unknown')

@@ -20,7 +20,7 @@ if claim.state == 'pending' or claim.state == 'in_progress' then return {'in_fli
 if claim.state ~= 'failed' or not claim.quarantined then return {'ended', claim.state} end
 if claim.job_id ~= old_job_id then return {'superseded', claim.state} end
 
-redis.call('UNLINK', status, callbacks_name(key), followup_name(key), emitted_name(key))
+erase(key)
 readmit(key)
 dismiss(dismissal)
 wake(key, 'unknown')

@@ -30,8 +30,9 @@ if claim.state ~= 'in_progress' or claim.token ~= token then
   return {'lost', claim.state or 'unknown'}
 end
 
+local negative_until = negative_ms > 0 and int(now_ms + negative_ms) or nil
 if reason ~= '' then
-  set_aside(key, claim, err, reason, note)
+  set_aside(key, claim, err, reason, note, negative_until)
   -- Two, so that what is too many already becomes less.
   trim_quarantine(keep, 2)
 else
@@ -44,11 +45,12 @@ else
   if claim.emitted then redis.call('PEXPIRE', emitted_name(key), int(math.max(failure_ttl_ms, negative_ms))) end
   list_failure(key)
   wake(key, 'failed')
+  end_all_led_by(key, 'failed', err, negative_until)
 end
 redis.call('HSET', status, 'done_token', token)
 -- Of what is set aside a copy of the payloads: they are for the end of its next run.
 if follow_ups[1] then follow(key, follow_ups, claim, reason ~= '', {'error', err}) end
-if negative_ms > 0 then redis.call('HSET', status, 'negative_until', int(now_ms + negative_ms)) end
+if negative_until then redis.call('HSET', status, 'negative_until', negative_until) end
 count_end('failed', claim)
 event('fail', key, 'failed')
 return {'failed'}

@@ -16,7 +16,7 @@ if not state then return {'unknown'} end
 if state == 'pending' or state == 'in_progress' then return {'in_flight', state} end
 
 drop_result(key, 'cleared')
-redis.call('UNLINK', status, callbacks_name(key), emitted_name(key), followup_name(key))
+erase(key)
 readmit(key)
 wake(key, 'unknown')
 event('forget', key, 'unknown')

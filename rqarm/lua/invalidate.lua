@@ -25,7 +25,7 @@ for key, its_score in pairs_of(rows) do
   elseif fields.state == 'completed' then
     drop_result(key, 'cleared')
     redis.call('ZREM', index, key)
-    redis.call('UNLINK', status_name(key), callbacks_name(key))
+    erase(key)
     event('forget', key, 'unknown')
     dropped = dropped + 1
   else

@@ -16,7 +16,13 @@ local key, workers = ARGV[2], {unpack(ARGV, 3)}
 
 local LOOKED_AT = 100
 
-local claim = record(key, 'state', 'queue', 'slot', 'est_ms', 'started_ms')
+local claim, at = record(key, 'state', 'queue', 'slot', 'est_ms', 'started_ms', 'alias'), key
+-- What is ahead of an alias is what is ahead of its root.
+if claim.state == 'pending' and claim.alias then
+  at = claim.alias
+  claim = record(at, 'state', 'queue', 'slot', 'est_ms', 'started_ms')
+  claim.state = claim.state or 'unknown'
+end
 
 -- Sets of RQ's name the keys of worker hashes; the hash of a dead worker expires.
 local function live_workers()
@@ -50,7 +56,7 @@ if claim.state == 'in_progress' then
   position = 0
   if est_ms > 0 then eta_ms = left_of(claim) end
 elseif claim.state == 'pending' then
-  position = (redis.call('ZRANK', pending_name(claim.queue), key) or -2) + 1
+  position = (redis.call('ZRANK', pending_name(claim.queue), at) or -2) + 1
   if est_ms > 0 then
     eta_ms = (running_ms() + load_before(claim.queue, claim.slot) + est_ms) / live_workers()
   end

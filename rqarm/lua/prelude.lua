@@ -457,7 +457,8 @@ end
 
 -- The ticket of a failed request was put back: it starts anew.
 local function revoke_failure(key, fields)
-  redis.call('HDEL', status_name(key), 'error', 'quarantined', 'note', 'negative_until', 'crashes', 'retries')
+  redis.call('HDEL', status_name(key), 'error', 'quarantined', 'note', 'negative_until', 'crashes', 'retries', 'alias',
+    'redirect', 'failure_ttl_ms')
   withdraw_emissions(key)
   readmit(key)
   fields.crashes, fields.retries = nil, nil
@@ -466,7 +467,7 @@ end
 -- What an execution needs to know, in the order of the answers of start and take; and what begin must know beside it.
 local ATTEMPT = {'token', 'attempts', 'request', 'kwargs', 'retries', 'crashes', 'queue', 'priority', 'job_id',
   'pushed_ms', 'started_ms', 'uri', 'uri_2', 'uri_3'}
-local BEFORE = {'state', 'exec', 'slot', 'est_ms', 'limit', 'due_ms', unpack(ATTEMPT)}
+local BEFORE = {'state', 'exec', 'slot', 'est_ms', 'limit', 'due_ms', 'alias', unpack(ATTEMPT)}
 
 local function attempt(fields)
   local values = {}
@@ -490,11 +491,85 @@ local function expire_at(name, deadline_ms)
   if deadline_ms then redis.call('PEXPIREAT', name, int(deadline_ms)) else redis.call('PERSIST', name) end
 end
 
+-- Failed and cancelled requests that are not set aside, by the time of their end: only views read it. It holds the newest
+-- and is not tidied; who reads looks at the record.
+local FAILURES_KEPT = 10000
+local function list_failure(key)
+  redis.pcall('ZADD', failures_name(), int(now_ms), key)
+  redis.pcall('ZREMRANGEBYRANK', failures_name(), 0, -FAILURES_KEPT - 1)
+end
+
+-- A record goes, with all that lies beside it but a result; and RQ's job, when one is given.
+local function erase(key, job)
+  redis.call('UNLINK', status_name(key), callbacks_name(key), followup_name(key), emitted_name(key),
+    unpack(job and job ~= '' and {job} or {}))
+end
+
+-- Redirects. An alias is a request that ended its attempt because another one, its root, has or will have the answer. In
+-- flight it is pending and not in line; it stands in `redirected` and in the root's set `aliases`. Completed it has no result
+-- of its own; its record leads to the root's and lives as long. The set outlives the root's end only then.
+local function break_away(key, root)
+  redis.call('SREM', aliases_name(root), key)
+  redis.call('ZREM', redirected_name(), key)
+  redis.call('HDEL', status_name(key), 'alias', 'redirect', 'failure_ttl_ms')
+end
+
+-- Whether the root of an alias in flight is in flight still.
+local function is_led(fields)
+  local root = look_at(fields.alias, 'state', 'alias')
+  return (root.state == 'pending' or root.state == 'in_progress') and not root.alias
+end
+
+-- Those who hear of the end of a root.
+local function led_by(root)
+  local led = {}
+  for _, key in ipairs(redis.call('SMEMBERS', aliases_name(root))) do
+    local fields = look_at(key, 'state', 'alias')
+    if fields.state == 'pending' and fields.alias == root then led[#led + 1] = key end
+  end
+  return led
+end
+
+-- A request, and who led to it, lead to this root from now on: the keys of all of them.
+local function lead_to(key, root)
+  local led = led_by(key)
+  redis.call('DEL', aliases_name(key))
+  led[#led + 1] = key
+  for _, other in ipairs(led) do
+    redis.call('HSET', status_name(other), 'alias', root)
+    redis.call('SADD', aliases_name(root), other)
+  end
+  redis.call('PERSIST', aliases_name(root))
+  return led
+end
+
+-- The root ended without a result, and so do these, each for as long as its own route says.
+local function end_aliases(keys, state, err, negative_until)
+  for _, key in ipairs(keys) do
+    local status = status_name(key)
+    local kept_ms = tonumber(redis.call('HGET', status, 'failure_ttl_ms') or nil) or 0
+    redis.call('HSET', status, 'state', state, 'ended_ms', int(now_ms))
+    if state == 'failed' then redis.call('HSET', status, 'error', err or '') end
+    if negative_until then redis.call('HSET', status, 'negative_until', negative_until) end
+    redis.call('HDEL', status, 'failure_ttl_ms')
+    redis.call('PEXPIRE', status, int(math.max(kept_ms, (tonumber(negative_until or nil) or 0) - now_ms, 1)))
+    redis.call('ZREM', redirected_name(), key)
+    list_failure(key)
+    wake(key, state)
+    event('alias', key, state)
+  end
+end
+
+local function end_all_led_by(root, state, err, negative_until)
+  end_aliases(led_by(root), state, err, negative_until)
+  redis.call('UNLINK', aliases_name(root))
+end
+
 -- Why a request is set aside. After these nothing runs it but somebody's decision; after the others a submit may. '1' is
 -- what an earlier form wrote for poison.
 local BLOCKING = {['1'] = true, poison = true, asked = true}
 
-local function set_aside(key, fields, err, reason, note)
+local function set_aside(key, fields, err, reason, note, negative_until)
   land(key, fields)
   redis.call('HSET', status_name(key), 'state', 'failed', 'quarantined', reason, 'ended_ms', int(now_ms), 'error', err)
   if note and note ~= '' then redis.call('HSET', status_name(key), 'note', note) end
@@ -504,6 +579,26 @@ local function set_aside(key, fields, err, reason, note)
   redis.call('ZADD', unattended_name('failure'), since, key)
   redis.call('ZADD', unattended_name('quarantine'), since, key)
   wake(key, 'failed')
+  end_all_led_by(key, 'failed', err, negative_until)
+end
+
+-- An alias leaves its root; the aliases of a root go with its result: how many.
+local function drop_aliases(key)
+  local root, dropped = look_at(key, 'alias').alias, 0
+  if root then redis.call('SREM', aliases_name(root), key) end
+  for _, alias in ipairs(redis.call('SMEMBERS', aliases_name(key))) do
+    local fields = look_at(alias, 'state', 'alias')
+    if fields.state == 'completed' and fields.alias == key then
+      erase(alias)
+      redis.call('ZREM', results_name(), alias)
+      redis.call('ZREM', sizes_name(), alias)
+      redis.call('SREM', aliases_name(key), alias)
+      wake(alias, 'unknown')
+      event('forget', alias, 'unknown')
+      dropped = dropped + 1
+    end
+  end
+  return dropped
 end
 
 -- Too many are set aside: the oldest go, those first after which a submit may run the request anyhow. A flood of failures
@@ -519,7 +614,7 @@ local function trim_quarantine(keep, most)
   for i = 1, surplus do
     local key = free[i] or kept[i - #free]
     if not key then break end
-    redis.call('UNLINK', status_name(key), callbacks_name(key), followup_name(key), emitted_name(key))
+    erase(key)
     readmit(key)
   end
 end
@@ -544,7 +639,7 @@ local function drop_index(key, reason)
   redis.call('ZREM', results_name(), key)
   if size then
     redis.call('ZREM', sizes_name(), key)
-    add_bytes(-tonumber(size), is_sticky)
+    add_bytes(0 - tonumber(size), is_sticky)
     count('removals', reason)
   end
 end
@@ -554,6 +649,7 @@ local function drop_result(key, reason)
   for n = 0, (tonumber(stored[2]) or 0) - 1 do redis.call('UNLINK', chunk_name(key, stored[1], n)) end
   redis.call('UNLINK', result_name(key))
   drop_index(key, reason or 'replaced')
+  return drop_aliases(key)
 end
 
 -- A claim is written: the record, its place in line, RQ's job.
@@ -600,18 +696,87 @@ local function expire_together(key, owner, chunks, deadline_ms)
   redis.call('ZADD', results_name(), deadline_ms and int(deadline_ms) or '+inf', key)
 end
 
+-- The record of an alias lives as long as the root's result.
+local function expire_alias(key, deadline_ms)
+  redis.call('HSET', status_name(key), 'sticky', deadline_ms and '0' or '1')
+  expire_at(status_name(key), deadline_ms)
+  redis.call('ZADD', results_name(), deadline_ms and int(deadline_ms) or '+inf', key)
+  redis.call('ZADD', sizes_name(), 0, key)
+end
+
+-- The root has its result, and these answer with it.
+local function complete_aliases(keys, root, deadline_ms)
+  for _, key in ipairs(keys) do
+    local status = status_name(key)
+    redis.call('HSET', status, 'state', 'completed', 'ended_ms', int(now_ms))
+    redis.call('HDEL', status, 'redirect', 'failure_ttl_ms', 'hops', 'error', 'kwargs', 'ticket', 'slot', 'ttl_ms',
+      'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms')
+    redis.call('ZREM', redirected_name(), key)
+    expire_alias(key, deadline_ms)
+    wake(key, 'completed')
+    event('alias', key, 'completed')
+  end
+  if #keys > 0 then expire_at(aliases_name(root), deadline_ms) end
+end
+
 local function set_deadline(key, deadline_ms)
   local size, was_sticky = tonumber(redis.call('ZSCORE', sizes_name(), key) or 0), is_sticky_result(key)
   if was_sticky ~= not deadline_ms then
-    redis.call('HINCRBY', stats_name('cache'), 'sticky_bytes', int(was_sticky and -size or size))
+    redis.call('HINCRBY', stats_name('cache'), 'sticky_bytes', int(was_sticky and 0 - size or size))
   end
   expire_at(emitted_name(key), deadline_ms)
   local stored = redis.call('HMGET', result_name(key), 'owner', 'chunks')
   expire_together(key, stored[1], tonumber(stored[2]) or 0, deadline_ms)
+  for _, alias in ipairs(redis.call('SMEMBERS', aliases_name(key))) do
+    local fields = look_at(alias, 'state', 'alias')
+    if fields.state == 'completed' and fields.alias == key then expire_alias(alias, deadline_ms) end
+  end
+  expire_at(aliases_name(key), deadline_ms)
 end
 
-local function stored_result(key)
-  return redis.call('HMGET', result_name(key), 'owner', 'envelope', 'bytes')
+-- A hit lengthens a temporary result: sticky for good, or to a later end, never to an earlier one.
+local function lengthen(key, sticky, ttl_ms)
+  local status = status_name(key)
+  local until_ms = redis.call('PEXPIRETIME', status)
+  if until_ms >= 0 then
+    local wanted_ms = tonumber(redis.call('HGET', status, 'ended_ms')) + ttl_ms
+    if sticky then
+      redis.call('HSET', status, 'sticky', '1')
+      set_deadline(key, nil)
+    elseif ttl_ms > 0 and wanted_ms > until_ms then
+      set_deadline(key, wanted_ms)
+    end
+  end
+end
+
+-- Order-free: sticky = or, TTL = max. A weaker joiner changes nothing.
+local function raise_wishes(key, fields, sticky, ttl_ms, fallback_ttl_ms)
+  local changes = {}
+  local function raise(field, value)
+    if value > (tonumber(fields[field] or nil) or 0) then
+      changes[#changes + 1] = field
+      changes[#changes + 1] = int(value)
+    end
+  end
+  raise('sticky', sticky)
+  raise('ttl_ms', ttl_ms)
+  raise('fallback_ttl_ms', fallback_ttl_ms)
+  if #changes > 0 then redis.call('HSET', status_name(key), unpack(changes)) end
+end
+
+-- An alias gives its payloads to who computes.
+local function move_payloads(key, root)
+  local payloads = redis.call('HGETALL', callbacks_name(key))
+  for i = 1, #payloads, 2 do redis.call('HSETNX', callbacks_name(root), payloads[i], payloads[i + 1]) end
+  redis.call('UNLINK', callbacks_name(key))
+end
+
+-- An alias has the result of its root, whose key comes with it: pieces lie under that.
+local function stored_result(key, alias)
+  key = alias or key
+  local stored = redis.call('HMGET', result_name(key), 'owner', 'envelope', 'bytes')
+  if alias then stored[4] = alias end
+  return stored
 end
 
 -- Chunks that a result names but that are not there; a writer that was slow lost them.
@@ -633,15 +798,17 @@ local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks
     'done_token', done_token)
   -- Of a flight only what readers see stays, and what a repeated submit or complete is known by.
   redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress', 'error', 'quarantined', 'note', 'negative_until', 'kwargs', 'ticket', 'slot', 'ttl_ms',
-    'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms')
+    'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms', 'hops')
   -- One that has expired stands in the indexes until the sweep looks; its size must not count for ever.
   if redis.call('ZADD', sizes_name(), 'NX', size_bytes, key) == 0 then
     drop_index(key, 'expired')
     redis.call('ZADD', sizes_name(), size_bytes, key)
   end
-  expire_together(key, owner, chunks, not sticky and now_ms + ttl_ms or nil)
+  local deadline_ms = not sticky and now_ms + ttl_ms or nil
+  expire_together(key, owner, chunks, deadline_ms)
   add_bytes(size_bytes, sticky)
   wake(key, 'completed')
+  complete_aliases(led_by(key), key, deadline_ms)
 end
 
 -- Learned run times: an exponentially weighted mean per family, and one over all ('*').
@@ -654,14 +821,6 @@ local function learn(family, run_ms)
     learned[3], learned[4] = family, mean(tonumber(known[2] or nil))
   end
   redis.call('HSET', runtimes, unpack(learned))
-end
-
--- Failed and cancelled requests that are not set aside, by the time of their end: only views read it. It holds the newest
--- and is not tidied; who reads looks at the record.
-local FAILURES_KEPT = 10000
-local function list_failure(key)
-  redis.pcall('ZADD', failures_name(), int(now_ms), key)
-  redis.pcall('ZREMRANGEBYRANK', failures_name(), 0, -FAILURES_KEPT - 1)
 end
 
 -- Tags stand in the record with a line break before and behind each.

@@ -23,7 +23,7 @@ local sticky, ttl_ms, size_bytes, chunks = ARGV[7], tonumber(ARGV[8]), ARGV[9], 
 local envelope, bytes, tags = ARGV[11], ARGV[12], ARGV[13]
 
 local claim = record(key, 'state', 'uri', 'uri_2', 'uri_3', 'queue', 'slot', 'est_ms', 'sticky', 'ttl_ms', 'limit',
-  'done_token')
+  'done_token', 'alias')
 
 if claim.state and uri_of(claim) ~= uri then return {'conflict', uri_of(claim)} end
 -- Sent again because its reply was lost: storing twice would count the size twice and lengthen the life.
@@ -39,6 +39,7 @@ end
 redis.call('HSET', status, 'request', request, uri_fields(uri))
 if claim.state then redis.call('HDEL', status, 'tags') end
 if tags ~= '' then index_tags(key, tags) end
+if claim.alias then break_away(key, claim.alias) end
 if claim.state then
   land(key, claim)
 else

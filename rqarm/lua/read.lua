@@ -12,4 +12,10 @@ local status = KEYS[1]
 local key, with_value = ARGV[2], ARGV[3]
 
 if redis.call('EXISTS', status) == 0 then return {'unknown'} end
-return {'found', answer_fields(key), with_value == '1' and stored_result(key) or {}}
+
+local stored = with_value == '1' and stored_result(key) or {}
+if stored[1] == false then
+  local alias = redis.call('HGET', status, 'alias')
+  if alias then stored = stored_result(key, alias) end
+end
+return {'found', answer_fields(key), stored}

@@ -11,13 +11,15 @@
 local status = KEYS[1]
 local key, ttl_ms = ARGV[2], tonumber(ARGV[3])
 
-local state = redis.call('HGET', status, 'state')
+local known = record(key, 'state', 'alias')
+local state, holder = known.state, known.alias or key
 
 if not state then return {'unknown'} end
-if state ~= 'completed' or redis.call('EXISTS', result_name(key)) == 0 then return {'no_result', state} end
+if state ~= 'completed' or redis.call('EXISTS', result_name(holder)) == 0 then return {'no_result', state} end
 
-local is_change = ttl_ms > 0 or redis.call('PTTL', result_name(key)) >= 0
-redis.call('HSET', status, 'sticky', ttl_ms == 0 and '1' or '0')
-set_deadline(key, ttl_ms > 0 and now_ms + ttl_ms or nil)
+-- The result is that of the root, with which its aliases live.
+local is_change = ttl_ms > 0 or redis.call('PTTL', result_name(holder)) >= 0
+redis.call('HSET', status_name(holder), 'sticky', ttl_ms == 0 and '1' or '0')
+set_deadline(holder, ttl_ms > 0 and now_ms + ttl_ms or nil)
 if is_change then event('retain', key, state) end
 return {'retained', state}

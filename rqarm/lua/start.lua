@@ -30,7 +30,7 @@ if not state then
   outcome = 'unknown'
 elseif state == 'in_progress' and claim.exec == exec then
   outcome = 'started'
-elseif state == 'pending' and claim.job_id == job_id then
+elseif state == 'pending' and claim.job_id == job_id and not claim.alias then
   begin(key, claim, exec, worker, lease_ms)
   -- Who is not in the list was popped by an RQ worker: it finds its ticket superseded and ends the job itself.
   if list ~= '' and redis.call('LREM', list, -1, job_id) > 0 then redis.call('DEL', job) end

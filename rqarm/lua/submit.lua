@@ -50,14 +50,19 @@ local claim = {record_values(values), job_id = values[n + 1], ttl_ms = values[n 
   negative_until = values[n + 8], moved_by = values[n + 9], limit = values[n + 10]}
 local state, known_uri = claim.state, uri_of(claim)
 
--- Whether somebody will run, or runs, what is in flight.
-local is_live = false
-if state == 'pending' then
+-- Whether somebody will run, or runs, what is in flight. Of an alias its root decides.
+local is_live, root = false, state == 'pending' and claim.alias
+local flown = claim
+if root then
+  flown = redis.call('HMGET', status_name(root), 'state', 'job_id', 'lease_until', 'alias')
+  flown = {state = not flown[4] and flown[1], job_id = flown[2], lease_until = flown[3]}
+end
+if flown.state == 'pending' then
   -- RQ's states in which a job will still be delivered.
   local DELIVERED = {queued = true, scheduled = true, deferred = true, started = true}
-  is_live = DELIVERED[redis.call('HGET', job_prefix .. claim.job_id, 'status') or '']
-elseif state == 'in_progress' then
-  is_live = tonumber(claim.lease_until) > now_ms
+  is_live = DELIVERED[redis.call('HGET', job_prefix .. flown.job_id, 'status') or '']
+elseif flown.state == 'in_progress' then
+  is_live = tonumber(flown.lease_until) > now_ms
 end
 
 -- A plain hit and a plain join, which most submits are, are answered before the rest is even defined: a script makes its
@@ -65,7 +70,7 @@ end
 local adds_nothing = known_uri == uri and payload_id == '' and tonumber(sticky) <= tonumber(claim.sticky or 0)
 local stored
 if adds_nothing and state == 'completed' and again == '0' and ttl_ms == 0 then
-  stored = stored_result(key)
+  stored = stored_result(key, claim.alias)
   adds_nothing = stored[1]
 elseif adds_nothing and is_live and claim.job_id ~= job_id then
   adds_nothing = ttl_ms <= tonumber(claim.ttl_ms) and fallback_ttl_ms <= tonumber(claim.fallback_ttl_ms)
@@ -87,40 +92,21 @@ local more = {unpack(ARGV, 22)}
 
 local function keep_payload()
   if payload_id ~= '' then
-    redis.call('HSETNX', callbacks_name(key), payload_id, payload)
-    for i = 1, #more, 2 do redis.call('HSETNX', callbacks_name(key), more[i], more[i + 1]) end
-    redis.call('PERSIST', callbacks_name(key))
+    -- An alias computes nothing: its root does.
+    local computing = root and is_live and root or key
+    redis.call('HSETNX', callbacks_name(computing), payload_id, payload)
+    for i = 1, #more, 2 do redis.call('HSETNX', callbacks_name(computing), more[i], more[i + 1]) end
+    redis.call('PERSIST', callbacks_name(computing))
   end
 end
 
--- Order-free: sticky = or, TTL = max, payloads = union. A weaker joiner changes nothing.
+-- What a joiner of an alias wishes goes to the root too.
 local function merge()
-  local changes = {}
-  local function raise(field, value)
-    if value > (tonumber(claim[field]) or 0) then
-      changes[#changes + 1] = field
-      changes[#changes + 1] = int(value)
-    end
+  raise_wishes(key, claim, tonumber(sticky), ttl_ms, fallback_ttl_ms)
+  if root and is_live then
+    raise_wishes(root, record(root, 'sticky', 'ttl_ms', 'fallback_ttl_ms'), tonumber(sticky), ttl_ms, fallback_ttl_ms)
   end
-  raise('sticky', tonumber(sticky))
-  raise('ttl_ms', ttl_ms)
-  raise('fallback_ttl_ms', fallback_ttl_ms)
-  if #changes > 0 then redis.call('HSET', status, unpack(changes)) end
   keep_payload()
-end
-
--- A hit upgrades a temporary result: sticky for good, or to a later end, never to an earlier one.
-local function upgrade()
-  local until_ms = redis.call('PEXPIRETIME', status)
-  if until_ms >= 0 then
-    local wanted_ms = tonumber(claim.ended_ms) + ttl_ms
-    if sticky == '1' then
-      redis.call('HSET', status, 'sticky', '1')
-      set_deadline(key, nil)
-    elseif ttl_ms > 0 and wanted_ms > until_ms then
-      set_deadline(key, wanted_ms)
-    end
-  end
 end
 
 -- My ticket replaces the claim's, which will find itself superseded. The record says where mine stands. A better
@@ -158,13 +144,15 @@ local function claim_it()
   if tags ~= '' then index_tags(key, tags) end
 end
 
+-- Whose result answers.
+local holder = claim.alias or key
 local outcome, extra
 if state and known_uri ~= uri then
   outcome, extra = 'conflict', known_uri
 elseif state == 'completed' and (again == '0' or claim.job_id == job_id)
-  and redis.call('EXISTS', result_name(key)) == 1 then
-  upgrade()
-  outcome, extra = 'hit', stored_result(key)
+  and redis.call('EXISTS', result_name(holder)) == 1 then
+  lengthen(holder, sticky == '1', ttl_ms)
+  outcome, extra = 'hit', stored_result(key, claim.alias)
 elseif state and claim.job_id == job_id then
   -- The same call, sent again because its reply was lost. Also when the request has ended since: it must not run
   -- twice for that, and RQ must not see one job id twice.
@@ -172,6 +160,7 @@ elseif state and claim.job_id == job_id then
 elseif state == 'pending' or state == 'in_progress' then
   local strikes = tonumber(claim.crashes) or 0
   if state == 'pending' and not is_live then
+    if root then break_away(key, root) end
     merge()
     replace_ticket()
     count('executions', 'revived')
@@ -193,7 +182,7 @@ elseif state == 'pending' or state == 'in_progress' then
     outcome = 'new'
   else
     merge()
-    if state == 'pending' and priority < tonumber(claim.priority) then
+    if state == 'pending' and not root and priority < tonumber(claim.priority) then
       replace_ticket()
       redis.call('HSET', status, 'moved_by', job_id)
     end

@@ -84,6 +84,21 @@ local function check_line(key)
   end
 end
 
+-- What was redirected and has waited for a lease since the last look; those whose root is in flight wait for another.
+local function check_redirected()
+  local due = redis.call('ZRANGEBYSCORE', redirected_name(), '-inf', int(now_ms - lease_ms), 'LIMIT', 0, limit)
+  for _, key in ipairs(due) do
+    local claim = look_at(key, 'state', 'uri', 'uri_2', 'uri_3', 'queue', 'priority', 'job_id', 'alias')
+    if claim.state ~= 'pending' or not claim.alias then
+      redis.call('ZREM', redirected_name(), key)
+    elseif is_led(claim) then
+      redis.call('ZADD', redirected_name(), int(now_ms), key)
+    else
+      report(ticketless, key, claim, claim.job_id)
+    end
+  end
+end
+
 local function tidy()
   -- One field for each thread that ever took work. Forgetting them costs a taker whose last reply was lost, no more.
   if redis.call('HLEN', takers_name()) > TAKERS_KEPT then redis.call('DEL', takers_name()) end
@@ -121,6 +136,7 @@ if cursor == 0 then
   local far = '(' .. int(now_ms + 2 * lease_ms)
   for _, key in ipairs(redis.call('ZRANGEBYSCORE', leases, far, '+inf', 'LIMIT', 0, limit)) do check_lease(key) end
   check_limits()
+  check_redirected()
   tidy()
 end
 

@@ -57,7 +57,7 @@ local function next_ticket(list)
     redis.call('LPOP', list)
     -- The ticket of a failed request: that is what `rq requeue` means.
     local is_again = claim.state == 'failed' and claim.job_id == job_id
-    local is_next = claim.state == 'pending' and claim.job_id == job_id or is_again
+    local is_next = claim.state == 'pending' and claim.job_id == job_id and not claim.alias or is_again
     -- A second ticket of what an RQ worker runs: the job is still that worker's.
     local is_running = claim.state == 'in_progress' and claim.job_id == job_id
     if not is_running and not (is_next and is_worker) then redis.call('DEL', job_prefix .. job_id) end

@@ -21,6 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -28,16 +29,26 @@ import redis
 import rq
 from rq.job import Job
 
-from rqarm import codec, flows, followups
+from rqarm import codec, flows, followups, redirects
 from rqarm.calls import Attempt, NextUp
 from rqarm.codec import Result
-from rqarm.context import Context, RetryLater, SetAside
-from rqarm.errors import ConfigError, InvalidRequest, LeaseLost, NoHandler, ResultTooLarge, RqarmError, UnpackableResult
+from rqarm.context import Context, Redirected, RetryLater, SetAside
+from rqarm.errors import (
+    ConfigError,
+    InvalidRequest,
+    LeaseLost,
+    NoHandler,
+    RedirectLoop,
+    ResultTooLarge,
+    RqarmError,
+    UnpackableResult,
+)
 from rqarm.flows import Core
 from rqarm.handlers import MISS, FollowUpMatch, Handlers, Match, Route
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
 from rqarm.quarantine import note_for, reason_for
+from rqarm.request import BatchRequest
 from rqarm.rqjobs import key_of
 from rqarm.shell import Shell
 from rqarm.worker.emitter import Emitter
@@ -53,6 +64,7 @@ HOPELESS = (
     ConfigError,
     InvalidRequest,
     NoHandler,
+    RedirectLoop,
     UnpackableResult,
     ResultTooLarge,
     SetAside,
@@ -345,6 +357,8 @@ class Execution:
         #: seconds that the attempt may take
         self.limit = self._limit()
         self._ended = 0.0
+        #: what the handler looked up last: another request and its result
+        self._found: tuple[BatchRequest, Any] | None = None
 
     def flow(self) -> Steps:
         """Match, call, end. Raises the handler's error when the request has failed for good."""
@@ -359,8 +373,11 @@ class Execution:
             given: Match | None = match
             if isinstance(match, FollowUpMatch):
                 given = yield from self._insist(followups.prepare(self.core, self.attempt, match))
-            value = None if given is None else (yield from self._handle(given))
+            value = None if given is None else (yield from self._handled(given))
             self._check()
+            if isinstance(value, Redirected):
+                yield from self._redirect(value, match)
+                return
             yield from self._insist(self._finish(match, value))
             self._tell("completed", route)
         except LeaseLost as lost:
@@ -381,6 +398,53 @@ class Execution:
         route, follow_up = match.route, followups.callback(self.core, self.attempt, match)
         return flows.finish(self.core, self.attempt, value, sticky=route.sticky, ttl=route.ttl, follow_up=follow_up)
 
+    # -- redirects
+
+    def _handled(self, match: Match) -> Generator[Any, Any, Any]:
+        """What the handler returned, or where it sent us: a value that is another request's is not stored again."""
+        try:
+            value = yield from self._handle(match)
+        except Redirected as redirected:
+            return redirected
+        if self._found is not None and value is self._found[1]:
+            return Redirected(self._found[0])
+        return value
+
+    def _redirect(self, redirected: Redirected, match: Match) -> Generator[Any, Any, None]:
+        route, callback = match.route, followups.callback(self.core, self.attempt, match)
+        told = on_failure(self.core, self.attempt, is_set_aside=False)
+        redirect = redirects.redirect(
+            self.core,
+            self.attempt,
+            redirected.target,
+            again=redirected.again,
+            failure_ttl=route.failure_ttl,
+            follow_ups=told if callback is None else (callback, *told),
+        )
+        try:
+            word = yield from self._insist(redirect)
+        except flows.Refused as refused:
+            packed, delay = codec.pack_error(refused), redirects.REFUSED_DELAY
+            yield from self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=None))
+            self._tell(f"retried in {delay:g} s", route, refused)
+            return
+        self._tell(f"redirected to {redirects.name_of(self.core, redirected.target)}, {word}", route)
+
+    def look_up(self, target: BatchRequest) -> flows.Flow[Any]:
+        """The cached result of another request. Raises Redirected when there is none."""
+        value = yield from redirects.look_up(self.core, target)
+        self._found = target, value
+        return value
+
+    def look_up_in(self, shell: Shell, target: BatchRequest) -> Any:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return shell.run(self.look_up(target))
+        raise RuntimeError(
+            "this blocks the event loop: write `await context.aget_or_redirect(...)` in an async handler"
+        )
+
     def _check(self) -> None:
         """A handler that stopped early because the attempt is lost may have returned half of its answer."""
         if self.hold.is_lost():
@@ -399,7 +463,12 @@ class Execution:
     def call(self, match: Match, shell: Shell) -> Any:
         """Call the handler in this thread, within its time limit."""
         limit = self.limit
-        context = self.context(lambda *report: self._report(shell, *report), shell.execute)
+        context = self.context(
+            lambda *report: self._report(shell, *report),
+            shell.execute,
+            look_up=partial(self.look_up_in, shell),
+            look_up_async=lambda target: asyncio.to_thread(shell.run, self.look_up(target)),
+        )
         with self.stopper or time_limit(limit, self.spent()):
             value = match.call(self.attempt.request, context)
         if inspect.isawaitable(value):
@@ -446,8 +515,12 @@ class Execution:
         report: Callable[[float, str], object],
         ask: Callable[[Any], Any],
         ask_beside: Callable[[Any], Awaitable[Any]] | None = None,
+        **ways: Any,
     ) -> Context:
-        """What the handler gets. ``ask`` answers a step and blocks, ``ask_beside`` is awaited where a loop runs."""
+        """What the handler gets. ``ask`` answers a step and blocks, ``ask_beside`` is awaited where a loop runs.
+
+        ``ways``: how the context looks up results, see Context.
+        """
 
         def emit(value: Any) -> None:
             if self.hold.is_lost():
@@ -467,6 +540,7 @@ class Execution:
             self.began + self.limit,
             self.worker,
             emit=emit,
+            **ways,
         )
         return self._context
 

@@ -369,7 +369,13 @@ class ManyHorse(Horse):
         await execution.start_resources()
         if run.hold.is_lost():
             raise LeaseLost(run.attempt.key, "cancelled or taken over")  # nobody could stop it yet
-        context = run.context(partial(self._report, run), self.manager.shell.execute, self._pump.execute)
+        context = run.context(
+            partial(self._report, run),
+            self.manager.shell.execute,
+            self._pump.execute,
+            look_up=partial(run.look_up_in, self.manager.shell),
+            look_up_async=lambda target: self._ask(run.look_up(target)),
+        )
         handling = asyncio.ensure_future(
             await_in_time(match.call(run.attempt.request, context), run.limit, run.spent())
         )
@@ -380,6 +386,21 @@ class ManyHorse(Horse):
             if run.hold.is_lost():
                 raise LeaseLost(run.attempt.key, "cancelled or taken over") from None
             raise
+
+    async def _ask(self, flow: flows.Flow[Any]) -> Any:
+        """The value of a flow that only asks."""
+        answer: Any = None
+        failure: Exception | None = None
+        while True:
+            try:
+                step = flow.send(answer) if failure is None else flow.throw(failure)
+            except StopIteration as end:
+                return end.value
+            answer = failure = None
+            try:
+                answer = await self._pump.execute(step)
+            except Exception as error:  # noqa: BLE001 -- it belongs to the flow
+                failure = error
 
     def _report(self, run: Execution, fraction: float, message: str) -> None:
         """Progress goes out beside the handler."""
