@@ -101,8 +101,8 @@ class Keys:
 def expand_names(lua: str) -> str:
     """The script with each ``status_name(key)``, ``leases_name()`` written out as ``PREFIX .. 'status:' .. key``.
 
-    Written out, not called: a script makes its functions anew at every run, and forty of them cost more than a hit. So are
-    ``record_fields()``, a list of names, and ``record_values(values)``, what belongs to them in a table.
+    Written out, not called: a script makes its functions anew at every run, and forty of them cost more than a hit.
+    So are ``record_fields()``, a list of names, and ``record_values(values)``, what belongs to them in a table.
     """
     lua = lua.replace("record_fields()", ", ".join(map(repr, RECORD_FIELDS)))
     lua = _VALUES.sub(lambda match: _values(match[1]), lua)
