@@ -34,7 +34,10 @@ OnError: TypeAlias = Callable[[int, Exception], object]
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A request that has its value. ``payloads``: those that came with it in this bulk, in the order given."""
+    """A request that has its value. ``payloads``: those that came with it in this bulk, in the order given.
+
+    Of what was computed here they are all that the claim had, in no order: there is no callback that would get them.
+    """
 
     request: BatchRequest
     value: Any
@@ -303,7 +306,7 @@ def finish(core: Core, group: Group, value: Any) -> Flow[None]:
     """Store what the caller computed; the group has it then as a reader would get it. Raises as flows.finish does."""
     assert group.attempt is not None, "only what is held can be finished"
     is_stream = isinstance(value, Iterator | codec.Result) or hasattr(value, "read")
-    yield from flows.finish(core, group.attempt, value)
+    group.payloads = yield from flows.finish(core, group.attempt, value, wants_payloads=True)
     found: Found = yield core.calls.read(group.attempt.key, with_value=False)
     group.value = (yield from flows.result(core, group.attempt.key)) if is_stream else value
     group.found = replace(found, status=replace(found.status, outcome=group.outcome))

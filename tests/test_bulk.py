@@ -314,16 +314,22 @@ def test_a_worker_that_is_faster_makes_it_a_miss(rm: Any) -> None:
 def test_what_is_computed_counts_among_the_hits(rm: Any) -> None:
     rm.cache.put("/hit", 0)
     hits: list[Any] = []
+
+    def compute(request: BatchRequest) -> Any:
+        if request.uri == "/b":  # somebody joins meanwhile
+            RequestManager(connection=rm.raw).submit("/b", payload="late")
+        return {"uri": request.uri}
+
     result = rm.bulk_get_or_submit(
         [("/hit", "h"), ("/a", "p"), "/b", "/left"],
         on_hits=hits.append,
         mitigation=lambda request: request.uri != "/left",
-        compute=lambda request: {"uri": request.uri},
+        compute=compute,
     )
     assert [(hit.request.uri, hit.value, hit.payloads, hit.status.outcome) for hit in result.hits] == [
         ("/hit", 0, ("h",), HIT),
         ("/a", {"uri": "/a"}, ("p",), NEW),
-        ("/b", {"uri": "/b"}, (), NEW),
+        ("/b", {"uri": "/b"}, ("late",), NEW),
     ]
     assert {hit.status.state for hit in result.hits} == {State.COMPLETED}
     assert hits == [result.hits]

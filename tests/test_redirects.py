@@ -768,3 +768,87 @@ def test_a_root_deleted_by_hand_is_found_by_the_workers(home: embedded.PrivateSe
         assert (status.state, status.attempts) == (State.COMPLETED, 2)
         assert hired.rm.result(alias) == "lost: D"
         assert worker.lives
+
+
+# -- who is told of the end of an alias
+
+
+def test_a_request_whose_target_is_cached_has_its_callback_with_the_payloads(bench: Bench) -> None:
+    bench.set(inline_bytes=10, chunk_bytes=1_000, failure_ttl=60)
+    heard: list[Any] = []
+    bench.route(lambda: b"x" * 4_000, "/B")
+
+    @bench.handlers.route("/A")
+    def lead(request: Any, context: Context) -> Any:
+        raise context.redirect("/B")
+
+    @lead.callback
+    def ready(result: Any, payloads: list[Any]) -> None:
+        heard.append((result, sorted(payloads)))
+
+    bench.rm.get_or_submit("/B")
+    bench.work()
+    bench.rm.submit("/A", payload="p")
+    bench.rm.submit("/A", payload="q")
+    bench.work()
+    assert bench.rm.status(key("A")).state is State.COMPLETED
+    assert heard == [(b"x" * 4_000, ["p", "q"])]
+    assert bench.rm.connection.keys("arm:callbacks:*") == []
+
+
+def test_a_request_whose_target_has_failed_has_its_failure_told(bench: Bench) -> None:
+    heard: list[Any] = []
+
+    def give_up(context: Context) -> Any:
+        raise context.quarantine("gone for good")
+
+    bench.route(give_up, "/B")
+
+    @bench.handlers.route("/A")
+    def lead(request: Any, context: Context) -> Any:
+        raise context.redirect("/B")
+
+    @lead.on_failure
+    def failed(error: dict[str, str], payloads: list[Any]) -> None:
+        heard.append((error["message"], payloads))
+
+    bench.run("/B")
+    bench.rm.submit("/A", payload="p")
+    bench.work()
+    assert bench.rm.status(key("A")).state is State.FAILED
+    assert heard == [("gone for good", ["p"])]
+
+
+def test_the_callback_of_the_target_has_the_payloads_of_those_who_lead_to_it(bench: Bench) -> None:
+    heard: list[Any] = []
+
+    @bench.handlers.route("/A")
+    def lead(request: Any, context: Context) -> Any:
+        raise context.redirect("/B")
+
+    @lead.callback
+    def unheard(result: Any, payloads: list[Any]) -> None:
+        heard.append(("A", result, payloads))
+
+    @bench.handlers.route("/B")
+    def compute(request: Any, context: Context) -> Any:
+        return 7
+
+    @compute.callback
+    def ready(result: Any, payloads: list[Any]) -> None:
+        heard.append(("B", result, payloads))
+
+    bench.rm.submit("/A", payload="p")
+    bench.work()
+    assert bench.rm.result(key("A")) == 7
+    assert heard == [("B", 7, ["p"])]
+
+
+@pytest.mark.parametrize("seconds", [None, 3600.0])
+def test_an_operator_keeps_or_ends_the_result_of_a_root_through_its_alias(rig: Rig, seconds: float | None) -> None:
+    attempts = link(rig, "A>B")
+    rig.reply(rig.complete(attempts["B"]))
+    assert rig.word(browse.retain_call(rig.core, key("A"), seconds)) == "retained"
+    ends = {rig.client.pexpiretime(rig.keys.status(key(name))) for name in "AB"}
+    assert len(ends) == 1
+    assert (ends == {-1}) == (seconds is None)
