@@ -44,6 +44,7 @@ PATTERNS: dict[str, str] = {
     "seq": "seq",
     "events": "events",
     "stats": "stats:{family}",
+    "noted": "noted:{family}",
 }
 
 #: fields of the status hash that a reader gets, in this order, from every script that answers with a record
@@ -102,8 +103,18 @@ def expand_names(lua: str) -> str:
     """The script with each ``status_name(key)``, ``leases_name()`` written out as ``PREFIX .. 'status:' .. key``.
 
     Written out, not called: a script makes its functions anew at every run, and forty of them cost more than a hit.
+    So are ``record_fields()``, a list of names, and ``record_values(values)``, what belongs to them in a table.
     """
+    lua = lua.replace("record_fields()", ", ".join(map(repr, RECORD_FIELDS)))
+    lua = _VALUES.sub(lambda match: _values(match[1]), lua)
     return _NAME.sub(_expression, lua)
+
+
+def _values(name: str) -> str:
+    return ", ".join(f"{field} = {name}[{place}]" for place, field in enumerate(RECORD_FIELDS, 1))
+
+
+_VALUES = re.compile(r"\brecord_values\((\w+)\)")
 
 
 _NAME = re.compile(r"\b(" + "|".join(PATTERNS) + r")_name\(((?:[^()]|\[[^]]*\])*)\)")

@@ -59,6 +59,7 @@ class _Audit:
         self._tickets()
         self._limits()
         self._views()
+        self._counters()
         self._redirects()
         return self.found
 
@@ -164,6 +165,29 @@ class _Audit:
         self._check(sizes.keys() == index.keys(), f"sizes of {sorted(sizes)}, results of {sorted(index)}")
         counted = int((self._value("stats", family="cache") or {}).get(b"bytes", 0))
         self._check(counted == sum(sizes.values()), f"{counted} bytes are counted, {sum(sizes.values())} are stored")
+
+    def _counters(self) -> None:
+        """What was noted is added up from one look to the next, so the sums agree whenever one looks."""
+        for family in ("submissions", "executions"):
+            notes = self._value("noted", family=family) or []
+            self._check(len(notes) < 100, f"{len(notes)} notes of {family} wait to be added up")
+            counted = _texts(self._value("stats", family=family) or {})
+            totals = {word: int(n) for word, n in counted.items() if word.isalpha()}
+            sums: dict[str, Counter[str]] = {kind: Counter() for kind in ("m", "r", "q", "run", "wait", "size")}
+            for name, value in counted.items():
+                kind, _, rest = name.partition(":")
+                kind, word = ("m" if re.fullmatch(r"m\d+", kind) else kind), rest.partition(":")[0]
+                if kind in sums and word != "sum":
+                    sums[kind][word if kind in "mrq" else kind] += int(value.split()[-1])
+            self._check(sums["m"] <= Counter(totals), f"{family} by minute: {sums['m']}, in all {totals}")
+            by_route = Counter(totals) if family == "submissions" else Counter(completed=totals.get("completed", 0))
+            self._check(sums["r"] == by_route, f"{family} by route: {sums['r']}, in all {totals}")
+            if family == "executions":
+                ends = Counter({word: totals.get(word, 0) for word in ("completed", "failed")})
+                self._check(sums["q"] == ends, f"ends by queue: {sums['q']}, in all {totals}")
+                times = [sums["run"].total(), sums["wait"].total(), sums["size"].total()]
+                wanted = [ends.total(), ends.total(), ends["completed"]]
+                self._check(times == wanted, f"histograms of {times}, not of {wanted}")
 
     def _emissions(self) -> None:
         prefix = self.keys.named("emitted", key="")

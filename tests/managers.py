@@ -198,5 +198,5 @@ def snapshot(client: redis.Redis) -> dict[bytes, Any]:
         b"set": client.smembers,
         b"zset": lambda name: client.zrange(name, 0, -1, withscores=True),
     }
-    names = [name for name in client.scan_iter() if not name.startswith((b"arm:stats:", b"arm:events"))]
+    names = [name for name in client.scan_iter() if not name.startswith((b"arm:stats:", b"arm:noted:", b"arm:events"))]
     return {name: read[client.type(name)](name) for name in names}

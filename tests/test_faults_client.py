@@ -202,7 +202,7 @@ def test_a_finish_whose_reply_was_lost_returns_and_counts_once(
     lease.finish(value)
     assert proxy.fired.is_set()
     assert far.result(KEY) == value
-    assert redis_client.hget("arm:stats:executions", "completed") == b"1"
+    assert far.cache.stats().executions["completed"] == 1
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -377,7 +377,7 @@ def test_a_flush_ends_every_wait_with_request_lost(
     lease = take(rm)
     waiting = [threads.start(rm.result, KEY, None), threads.start(rm.get, URI)]
     watched(redis_client, KEY)
-    eventually(lambda: b"joined" in redis_client.hgetall("arm:stats:submissions"))
+    eventually(lambda: "joined" in rm.cache.stats().submissions)
     redis_client.flushdb()
     for future in waiting:
         error = future.exception(managers.PATIENCE)

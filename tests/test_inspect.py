@@ -19,6 +19,8 @@ from rqarm.inspect import Histogram, Overview
 from rqarm.rqjobs import queue_names
 
 URI = "/cities/FR"
+#: as many notes are added up at a time; MOST_NOTED in lua/prelude.lua
+SETTLED = 100
 
 
 @pytest.fixture
@@ -193,16 +195,17 @@ def test_what_was_hot_hours_ago_gives_way(rig: Rig) -> None:
 
 
 def test_minutes_are_not_mixed_up_when_the_ring_goes_round(rig: Rig) -> None:
-    rig.ask(rig.submit(BatchRequest("/x/1")))
+    often(rig, BatchRequest("/x/1"))
     found = look(rig)
     minute = found.minutes[-1].at // 60
     counters = rig.named("stats", family="submissions")
     rig.client.hset(counters, f"m{minute % 64}:new", f"{minute - 64} 500")
     rig.client.hset(counters, f"m{(minute - 5) % 64}:hit", f"{minute - 5} 7")
     assert look(rig).minutes[-6].submissions == {"hit": 7}
-    rig.ask(rig.submit(BatchRequest("/x/2")))
-    assert 500 not in look(rig).minutes[-1].submissions.values()
-    assert sum(each.submissions.get("new", 0) for each in look(rig).minutes[-2:]) == 1
+    for number in range(SETTLED):
+        rig.ask(rig.submit(BatchRequest(f"/x/{number + 2}")))
+        assert sum(each.submissions.get("new", 0) for each in look(rig).minutes[-2:]) == number + 1
+    assert look(rig).submissions["new"] == SETTLED + 1
 
 
 def test_foreign_data_in_the_counters_stop_nothing(rig: Rig) -> None:
@@ -210,8 +213,49 @@ def test_foreign_data_in_the_counters_stop_nothing(rig: Rig) -> None:
     rig.client.set(rig.named("stats", family="executions"), "somebody's")
     seeded = rig.seed("mine", BatchRequest(URI))
     assert rig.word(rig.complete(seeded.attempt)) == "stored"
+    rig.client.rpush(rig.named("noted", family="submissions"), "what?", "1\nhit\n/a\nx\n")
+    often(rig, BatchRequest(URI))
+    assert look(rig).submissions["hit"] == SETTLED + 1
+    settle(rig)
+    rig.client.set(rig.named("noted", family="submissions"), "somebody's")
     assert rig.ask(rig.submit(BatchRequest(URI))).status.outcome == "hit"
-    assert look(rig).executions == {}
+    assert look(rig).submissions["hit"] == SETTLED + 1
+
+
+def often(rig: Rig, request: BatchRequest, times: int = SETTLED) -> None:
+    for _ in range(times):
+        rig.ask(rig.submit(request))
+
+
+def test_the_notes_are_added_up_before_they_are_many(rig: Rig) -> None:
+    """Before and after, a reader is told the same."""
+    rig.seed("completed", BatchRequest(URI))
+    notes = rig.named("noted", family="submissions")
+    for number in range(1, 2 * SETTLED + 2):
+        rig.ask(rig.submit(BatchRequest(URI)))
+        found = look(rig)
+        assert (found.submissions["hit"], found.hot[0].hits, found.routes[0].submissions["hit"]) == (number,) * 3
+        assert rig.client.llen(notes) == (number + 1) % SETTLED, "the first note is of the seed"
+    assert rig.client.object("encoding", rig.named("stats", family="submissions")) == b"hashtable"
+
+
+def test_what_was_noted_hours_ago_is_not_of_this_hour(rig: Rig) -> None:
+    minute = server_ms(rig.client) // 60_000
+    for ago in (0, 59, 60, 64, 1000, -3):
+        rig.client.rpush(rig.named("noted", family="submissions"), f"{minute - ago}\nnew\n/x\n0\n")
+    for more in range(2):
+        found = look(rig)
+        assert found.submissions == {"new": 6 + more}
+        assert sum(each.submissions.get("new", 0) for each in found.minutes) == 2 + more
+        settle(rig)
+
+
+def settle(rig: Rig) -> None:
+    """By notes of nothing, and one of a submit."""
+    notes = rig.named("noted", family="submissions")
+    rig.client.rpush(notes, *["-"] * (SETTLED - rig.client.llen(notes) - 1))
+    rig.ask(rig.submit(BatchRequest("/settle/1")))
+    assert not rig.client.exists(notes)
 
 
 # -- the cache

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -31,7 +32,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from rqarm import browse, connect, embedded, flows
+from rqarm import browse, connect, embedded, flows, inspect
 from rqarm.calls import Attempt, Call, Command, NextUp, Overdue, Ticket
 from rqarm.model import FollowUp, Key, Priority, State, Token
 from rqarm.request import BatchRequest
@@ -122,15 +123,38 @@ def replace_limits(call: Call[str]) -> Call[str]:
     return replace(call, argv=(*head, MOST_ITEMS, MOST_BYTES, value))
 
 
+#: answers that an execution is counted for; the machine itself says when something is parked, or healed by a submit
+ENDS = {
+    ("complete", "stored"): "completed",
+    ("fail", "failed"): "failed",
+    ("retry", "retried"): "retried",
+    ("release", "released"): "released",
+    ("crash", "requeued"): "crashed",
+    ("crash", "quarantined"): "crashed",
+    ("cancel", "cancelled"): "cancelled",
+    ("revive", "revived"): "revived",
+    ("conclude", "concluded"): "concluded",
+    **{("redirect", word): "redirected" for word in ("linked", "aliased", "failed", "cancelled")},
+}
+
+
 class Watched(Rig):
     """Notes every answer: a machine that reaches little proves little."""
 
     seen: ClassVar[set[tuple[str, str]]] = set()
+    #: of this machine, since the last flush: what an overview must tell
+    submissions: ClassVar[Counter[str]] = Counter()
+    executions: ClassVar[Counter[str]] = Counter()
 
     def reply(self, step: Call[Any] | Command[Any]) -> Any:
         answer = super().reply(step)
         if isinstance(step, Call):
-            self.seen.add((step.script.name, answer[0].decode()))
+            verb, word = step.script.name, answer[0].decode()
+            self.seen.add((verb, word))
+            if verb == "submit":
+                self.submissions[word] += 1
+            elif (verb, word) in ENDS:
+                self.executions[ENDS[verb, word]] += 1
         return answer
 
 
@@ -174,6 +198,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.client = connect.open_client(self.server.url)
         self.client.flushall()
+        self.forget_counts()
         self.rig = Watched(self.client, max_attempts=MAX_ATTEMPTS)
         self.world = World()
         self.orders = 0
@@ -185,6 +210,11 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.client.close()
+
+    @staticmethod
+    def forget_counts() -> None:
+        Watched.submissions.clear()
+        Watched.executions.clear()
 
     # -- the model's moves
 
@@ -390,6 +420,7 @@ class Machine(RuleBasedStateMachine):
         root = self.world.records[record.alias] if record.is_led else None
         if root is not None and self.is_dead_for_a_submit(root):
             record.alias, root = "", None
+            Watched.executions["revived"] += 1
             self.keep(uri, payload)
             outcome = "new"
         elif root is not None:
@@ -404,6 +435,7 @@ class Machine(RuleBasedStateMachine):
         if outcome:
             pass  # its root has decided
         elif record.state == "in_progress" and record.lapsed:
+            Watched.executions["crashed"] += 1
             record.crashes += 1
             if record.crashes >= MAX_ATTEMPTS:
                 self.landed(record, "failed")
@@ -412,6 +444,7 @@ class Machine(RuleBasedStateMachine):
                 return "negative"
             outcome = "new"
         elif self.is_dead_for_a_submit(record):
+            Watched.executions["revived"] += 1
             outcome = "new"
         else:
             outcome = "joined"
@@ -435,6 +468,9 @@ class Machine(RuleBasedStateMachine):
     def begin_busy(self, priority: Priority, places: int, crowded: bool) -> None:
         """All requests are there and one runs, or all places are taken: where most histories have got to."""
         self.places = places
+        for family in ("submissions", "executions"):
+            # notes of nothing, so that the counters are soon added up
+            self.client.rpush(self.rig.named("noted", family=family), *["-"] * 92)
         for uri in URIS:
             self.submit_plainly(uri, priority)
         self.take_one()
@@ -782,6 +818,7 @@ class Machine(RuleBasedStateMachine):
                 self.push(uri, job_id, record.priority, delayed=True)
                 record.attempts -= 1
                 record.place = "parked"
+                Watched.executions["parked"] += 1
                 return "parked"
             last.place = ""
         record.place = "running"
@@ -1030,6 +1067,7 @@ class Machine(RuleBasedStateMachine):
     def flushdb(self, uri: str, data: st.DataObject) -> None:
         if data.draw(st.integers(0, 3)) == 3:
             self.client.flushdb()
+            self.forget_counts()
             self.world = World()
 
     # -- what holds after each step
@@ -1081,6 +1119,22 @@ class Machine(RuleBasedStateMachine):
         assert taken == self.places or not self.placed("parked")
         kinds = {kind: self.client.zcard(self.rig.named(kind, limit=LIMIT)) for kind in ("running", "called", "parked")}
         assert kinds == {kind: len(self.placed(kind)) for kind in kinds}
+
+    @invariant()
+    def the_counters_tell_what_was_done(self) -> None:
+        told = self.rig.run(inspect.overview(self.rig.core))
+        assert Counter(told.submissions) == Watched.submissions
+        assert Counter(told.executions) == Watched.executions
+        by_minute, by_route = Counter[str](), Counter[str]()
+        for minute in told.minutes:
+            by_minute.update(minute.submissions)
+            by_minute.update(minute.executions)
+        for route in told.routes:
+            by_route.update(route.submissions)
+        assert by_minute == Watched.submissions + Watched.executions
+        assert by_route == Watched.submissions
+        assert sum(route.completed for route in told.routes) == Watched.executions["completed"]
+        assert sum(each.hits for each in told.hot) <= Watched.submissions["hit"]
 
     @invariant()
     def the_audit_finds_nothing(self) -> None:

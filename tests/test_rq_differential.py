@@ -192,6 +192,8 @@ class Reader:
         connection = self.connection
         if kind == "string":
             return self._text(connection.get(key))
+        if key.startswith(b"arm:noted:"):
+            return self._notes(key)
         if kind == "list":
             return [self._text(item) for item in connection.lrange(key, 0, -1)]
         if kind == "set":
@@ -206,6 +208,12 @@ class Reader:
             return [self._fields(key, fields) for _, fields in connection.xrange(key)]
         assert kind == "hash", kind
         return self._fields(key, connection.hgetall(key))
+
+    def _notes(self, key: bytes) -> list[list[str]]:
+        """What was counted, without the minute and the times that it took; the order is chance."""
+        notes = [note.decode().split("\n") for note in self.connection.lrange(key, 0, -1)]
+        told = [words[1:4] + words[6:] if key == b"arm:noted:executions" else words[1:3] + words[4:] for words in notes]
+        return sorted(words for words in told if words[0] != "released")
 
     def _histories(self, key: bytes) -> dict[str, list[Any]]:
         """What has happened to each request; not that it was taken ahead and handed back, nor what came between."""

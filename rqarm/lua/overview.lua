@@ -20,9 +20,8 @@ local LOOKED_AT, HOTTEST, MOST_QUEUES = 1000, 20, 200
 
 local families = {}
 for _, family in ipairs({'submissions', 'executions', 'refusals', 'removals', 'sweeps', 'cache'}) do
-  local counted = redis.pcall('HGETALL', stats_name(family))
   families[#families + 1] = family
-  families[#families + 1] = counted.err and {} or counted
+  families[#families + 1] = counted(family)
 end
 
 -- What runs, by queue: the leases know no queue, the records do.
@@ -111,15 +110,11 @@ numbers[#numbers + 1] = 'overdue_ms'
 numbers[#numbers + 1] = first_overdue[2] and int(math.max(now_ms - tonumber(first_overdue[2]), 0)) or 0
 
 -- The keys with the most votes; see prelude. Old votes count less.
-local voted, hour = {}, math.floor(now_ms / HOUR_MS)
-local counted = families[2]
-for i = 1, #counted, 2 do
-  if string.find(counted[i], '^h%d+$') then
-    local votes, since, key = string.match(counted[i + 1], '^(%d+) (%d+) (.+)$')
-    if votes then
-      votes = math.floor(votes * 0.5 ^ math.max(hour - since, 0))
-      if votes > 0 then voted[#voted + 1] = {votes = votes, key = key} end
-    end
+local voted = {}
+for field, cell in pairs_of(families[2]) do
+  if string.find(field, '^h%d+$') then
+    local votes, key = votes_in(cell)
+    if votes > 0 then voted[#voted + 1] = {votes = votes, key = key} end
   end
 end
 table.sort(voted, function(a, b) return a.votes > b.votes or a.votes == b.votes and a.key < b.key end)

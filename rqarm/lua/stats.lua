@@ -15,6 +15,6 @@ for _, queue in ipairs(redis.call('SMEMBERS', queues)) do
 end
 local sticky = redis.call('ZCOUNT', results_name(), '+inf', '+inf')
 local temporary = redis.call('ZCOUNT', results_name(), '(' .. int(now_ms), '(+inf')
-return {'stats', redis.call('HGETALL', stats_name('submissions')), redis.call('HGETALL', stats_name('executions')),
+return {'stats', counted('submissions'), counted('executions'),
   redis.call('HGETALL', stats_name('sweeps')), redis.call('HGET', stats_name('cache'), 'bytes') or '0', temporary,
   sticky, redis.call('ZCARD', leases_name()), redis.call('ZCARD', quarantine_name()), waiting}

@@ -43,17 +43,13 @@ local payload_id, payload = ARGV[16], ARGV[17]
 local max_pending, max_attempts = tonumber(ARGV[18]), tonumber(ARGV[19])
 local again, tags = ARGV[20], ARGV[21]
 
--- Everything that is asked about the record, in one look: first what the caller gets.
-local names = {unpack(RECORD_FIELDS)}
-for i, name in ipairs({'job_id', 'ttl_ms', 'fallback_ttl_ms', 'ticket', 'slot', 'lease_until', 'crashes',
-  'negative_until', 'moved_by', 'limit'}) do names[#RECORD_FIELDS + i] = name end
-local values = redis.call('HMGET', status, unpack(names))
-local claim = {}
-for i, name in ipairs(names) do claim[name] = values[i] end
+-- Everything that is asked about the record, in one look: first what the caller gets. Written out: loops cost more.
+local values, n = redis.call('HMGET', status, record_fields(), 'job_id', 'ttl_ms', 'fallback_ttl_ms', 'ticket', 'slot',
+  'lease_until', 'crashes', 'negative_until', 'moved_by', 'limit'), #RECORD_FIELDS
+local claim = {record_values(values), job_id = values[n + 1], ttl_ms = values[n + 2], fallback_ttl_ms = values[n + 3],
+  ticket = values[n + 4], slot = values[n + 5], lease_until = values[n + 6], crashes = values[n + 7],
+  negative_until = values[n + 8], moved_by = values[n + 9], limit = values[n + 10]}
 local state, known_uri = claim.state, uri_of(claim)
-
--- RQ's states in which a job will still be delivered.
-local DELIVERED = {queued = true, scheduled = true, deferred = true, started = true}
 
 -- Whether somebody will run, or runs, what is in flight. Of an alias its root decides.
 local is_live, root = false, state == 'pending' and claim.alias
@@ -63,6 +59,8 @@ if root then
   flown = {state = not flown[4] and flown[1], job_id = flown[2], lease_until = flown[3]}
 end
 if flown.state == 'pending' then
+  -- RQ's states in which a job will still be delivered.
+  local DELIVERED = {queued = true, scheduled = true, deferred = true, started = true}
   is_live = DELIVERED[redis.call('HGET', job_prefix .. flown.job_id, 'status') or '']
 elseif flown.state == 'in_progress' then
   is_live = tonumber(flown.lease_until) > now_ms
@@ -81,13 +79,15 @@ elseif adds_nothing and is_live and claim.job_id ~= job_id then
 else
   adds_nothing = false
 end
-if adds_nothing then
-  local outcome = stored and 'hit' or 'joined'
-  count_submission(outcome, key, family, claim)
-  return {outcome, packed_record(values), stored}
-end
+local plain = adds_nothing and {stored and 'hit' or 'joined', packed_record(values), stored}
+if plain and not note_submission(plain[1], key, family, claim) then return plain end
 
 -- PRELUDE
+
+if plain then
+  settle('submissions')
+  return plain
+end
 
 local more = {unpack(ARGV, 22)}
 
