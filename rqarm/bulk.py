@@ -20,8 +20,8 @@ from rqarm.flows import PIECES, Core, Emit, Flow
 from rqarm.model import BatchStatus, Key, Outcome
 from rqarm.request import BatchRequest, as_request
 
-#: requests that one round trip carries at the most. Each is about 1.5 KB on the way. Trips of 3,000 took as long for each
-#: (0.97 to 1.03 of the time, twelve rounds on a noisy machine), trips of 100 a tenth longer; more need memory at both ends
+#: requests that one round trip carries at the most. Each is about 1.5 KB on the way. Trips of 3,000 took as long for
+#: each (0.97 to 1.03 of the time, twelve rounds on a noisy machine), trips of 100 a tenth longer; more need memory
 CHUNK = 1_000
 #: bytes of payloads after which a round trip takes no more requests
 TRIP_BYTES = 4 << 20

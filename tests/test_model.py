@@ -715,7 +715,7 @@ class Machine(RuleBasedStateMachine):
             self.began(uri, record, execution, answer)
             if is_own and job_id in (waiting := self.world.lists[rank]):
                 # only what stands in line: another's delivery is that one's to end
-                waiting.remove(job_id)
+                del waiting[len(waiting) - 1 - waiting[::-1].index(job_id)]  # the newest, should there be two
                 self.world.jobs.pop(job_id, None)
         else:
             assert answer == record.state
