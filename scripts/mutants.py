@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
     "tests/test_transitions.py", "tests/test_limits.py", "tests/test_model.py", "tests/test_execution.py",
-    "tests/test_waiting.py", "tests/test_browse.py",
+    "tests/test_waiting.py", "tests/test_browse.py", "tests/test_redirects.py", "tests/test_callbacks.py",
 ]  # fmt: skip
 HELD = "if claim.state ~= 'in_progress' or claim.token ~= token then"
 NOT_FENCED = "if claim.state ~= 'in_progress' then"
@@ -84,7 +84,7 @@ MUTANTS = [
         "vacate(key, fields.limit) end\n  redis.call('ZREM', leases_name(), key)\nend",
         "vacate(key, fields.limit) end\nend",
     ),
-    Mutant("no-wake-up", "lua/prelude.lua", "  wake(key, 'completed')\n", ""),
+    Mutant("no-wake-up", "lua/prelude.lua", "sticky)\n  wake(key, 'completed')\n", "sticky)\n"),
     Mutant("commit-of-a-torn-result", "lua/complete.lua", "if missing > 0 then", "if false then"),
     Mutant(
         "chunks-keep-their-short-life",
@@ -93,25 +93,28 @@ MUTANTS = [
         "do end",
     ),
     Mutant(
-        "joiner-lowers-the-ttl", "lua/submit.lua", "if value > (tonumber(claim[field]) or 0) then", "if value > 0 then"
+        "joiner-lowers-the-ttl",
+        "lua/prelude.lua",
+        "if value > (tonumber(fields[field] or nil) or 0) then",
+        "if value > 0 then",
     ),
-    Mutant("hit-shortens-the-ttl", "lua/submit.lua", "ttl_ms > 0 and wanted_ms > until_ms", "ttl_ms > 0"),
+    Mutant("hit-shortens-the-ttl", "lua/prelude.lua", "ttl_ms > 0 and wanted_ms > until_ms", "ttl_ms > 0"),
     Mutant(
         "sticky-gets-a-ttl",
         "lua/prelude.lua",
-        "expire_together(key, owner, chunks, not sticky and now_ms + ttl_ms or nil)",
-        "expire_together(key, owner, chunks, now_ms + ttl_ms)",
+        "local deadline_ms = not sticky and now_ms + ttl_ms or nil",
+        "local deadline_ms = now_ms + ttl_ms",
     ),
     Mutant(
         "submit-joins-a-lapsed-lease",
         "lua/submit.lua",
-        "is_live = tonumber(claim.lease_until) > time[1] * 1000 + time[2] / 1000",
+        "is_live = tonumber(flown.lease_until) > now_ms",
         "is_live = true",
     ),
     Mutant(
         "submit-joins-a-lost-ticket",
         "lua/submit.lua",
-        "is_live = DELIVERED[redis.call('HGET', job_prefix .. claim.job_id, 'status') or '']",
+        "is_live = DELIVERED[redis.call('HGET', job_prefix .. flown.job_id, 'status') or '']",
         "is_live = true",
     ),
     Mutant(
@@ -121,14 +124,25 @@ MUTANTS = [
         "elseif false then",
     ),
     Mutant("submit-ignores-another-uri", "lua/submit.lua", "if state and known_uri ~= uri then", "if false then"),
-    Mutant("sweep-without-re-push", "lua/sweep.lua", "    report(ticketless, key, claim, claim.job_id)\n", ""),
+    Mutant(
+        "sweep-without-re-push",
+        "lua/sweep.lua",
+        "and not has_ticket(claim) then\n    report(ticketless, key, claim, claim.job_id)\n",
+        "and not has_ticket(claim) then\n",
+    ),
+    Mutant(
+        "sweep-forgets-a-lost-alias",
+        "lua/sweep.lua",
+        "    else\n      report(ticketless, key, claim, claim.job_id)\n",
+        "    else\n",
+    ),
     Mutant(
         "sweep-without-clamp",
         "lua/sweep.lua",
         "if tonumber(fields.lease_until) > now_ms + 2 * one then",
         "if false then",
     ),
-    Mutant("replaced-job-stays", "lua/prelude.lua", "  retire(fields.job_id, job_id, commands)\n", ""),
+    Mutant("replaced-job-stays", "lua/prelude.lua", " else retire(fields.job_id, job_id, commands) end\n", " end\n"),
     Mutant("revive-whatever-is-queued", "lua/revive.lua", " or claim.job_id ~= old_job_id", ""),
     Mutant(
         "cancel-leaves-the-line",
@@ -223,11 +237,36 @@ MUTANTS = [
     ),
     Mutant("take-leaves-the-jobs-of-old-tickets", "lua/take.lua", "if not is_running and not", "if false and not"),
     Mutant("take-starts-two-for-one-execution", "lua/take.lua", "if last_exec == exec then", "if false then"),
-    *(
-        Mutant(f"{verb}-leaves-its-job", f"lua/{verb}.lua", "if job ~= '' then redis.call('UNLINK', job) end\n", "")
-        for verb in ("retry", "release")
+    Mutant(
+        "an-attempt-leaves-its-job",
+        "lua/prelude.lua",
+        "if job and job ~= '' then redis.call('UNLINK', job) else",
+        "if false then else",
     ),
-    Mutant("complete-leaves-its-job", "lua/complete.lua", "unpack(job ~= '' and {job} or {})", "unpack({})"),
+    Mutant("complete-leaves-its-job", "lua/complete.lua", "if job ~= '' then gone[2] = job end\n", ""),
+    # redirects, callbacks, the quarantine
+    Mutant("a-redirect-without-token", "lua/redirect.lua", HELD, NOT_FENCED),
+    Mutant("a-redirect-loop", "lua/redirect.lua", "if target == key or IN_FLIGHT", "if false and IN_FLIGHT"),
+    Mutant("an-alias-sleeps-on", "lua/prelude.lua", "  complete_aliases(led_by(key), key, deadline_ms)\n", ""),
+    Mutant(
+        "an-alias-outlives-its-root", "lua/prelude.lua", "  end_all_led_by(key, 'failed', err, negative_until)\n", ""
+    ),
+    Mutant("an-alias-keeps-its-payloads", "lua/redirect.lua", "  move_payloads(key, root)\n", ""),
+    Mutant("a-cached-target-without-callback", "lua/redirect.lua", "followers('callback'), claim", "{}, claim"),
+    Mutant(
+        "a-callback-without-payloads",
+        "lua/prelude.lua",
+        "redis.call('RENAME', callbacks_name(key), callbacks_name(follow_up))",
+        "redis.call('UNLINK', callbacks_name(key))",
+    ),
+    Mutant("a-follow-up-is-kept", "lua/conclude.lua", "erase(key, job)\n", ""),
+    Mutant("a-decision-about-another-failure", "lua/requeue.lua", "claim.job_id ~= old_job_id", "false"),
+    Mutant(
+        "an-exhausted-one-blocks",
+        "lua/prelude.lua",
+        "poison = true, asked = true}",
+        "poison = true, asked = true, exhausted = true}",
+    ),
     Mutant(
         "search-finds-what-has-moved-on",
         "lua/search.lua",
@@ -262,10 +301,10 @@ MUTANTS = [
     Mutant(
         "retain-leaves-the-pieces",
         "lua/retain.lua",
-        "set_deadline(key, ttl_ms > 0 and now_ms + ttl_ms or nil)",
-        "expire_together(key, '', 0, ttl_ms > 0 and now_ms + ttl_ms or nil)",
+        "set_deadline(holder, ttl_ms > 0 and now_ms + ttl_ms or nil)",
+        "expire_together(holder, '', 0, ttl_ms > 0 and now_ms + ttl_ms or nil)",
     ),
-    Mutant("retain-where-nothing-is", "lua/retain.lua", " or redis.call('EXISTS', result_name(key)) == 0", ""),
+    Mutant("retain-where-nothing-is", "lua/retain.lua", "or redis.call('EXISTS', result_name(holder)) == 0", ""),
     Mutant("invalidate-by-old-tags", "lua/invalidate.lua", "if not has_tag(fields.tags, tag) then", "if false then"),
     Mutant(
         "invalidate-drops-what-runs",
@@ -274,7 +313,12 @@ MUTANTS = [
         "elseif true then",
     ),
     Mutant("tags-grow-for-ever", "lua/prelude.lua", "redis.call('ZRANGE', tagged_name(), 0, 1)", "{}"),
-    Mutant("put-keeps-old-tags", "lua/put.lua", "if claim.state then redis.call('HDEL', status, 'tags') end\n", ""),
+    Mutant(
+        "put-keeps-old-tags",
+        "lua/put.lua",
+        "if claim.state then redis.call('HDEL', status, 'tags', 'traced') end\n",
+        "",
+    ),
     Mutant(
         "clear-without-its-route",
         "lua/clear.lua",

@@ -6,9 +6,12 @@ No server here. What the scripts do is in test_transitions.py.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
+import sys
 from collections.abc import Iterator
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
@@ -233,3 +236,17 @@ def test_scripts_and_python_read_the_same_record_fields() -> None:
     assert f"local RECORD_FIELDS = {{{written}}}\n" in keys.LUA_CONSTANTS
     # submit reads three of them by their place
     assert scripts.script("submit").plain_text.startswith(keys.LUA_CONSTANTS)
+
+
+def test_each_mutant_names_a_text_that_stands_in_the_source_once() -> None:
+    """What scripts/mutants.py breaks on purpose; running them takes an hour, that they can run is seen here."""
+    root = Path(__file__).parent.parent
+    spec = importlib.util.spec_from_file_location("mutants", root / "scripts" / "mutants.py")
+    assert spec is not None
+    assert spec.loader is not None
+    mutants = importlib.util.module_from_spec(spec)
+    sys.modules["mutants"] = mutants  # dataclasses look their module up
+    spec.loader.exec_module(mutants)
+    times = {each.name: (root / "rqarm" / each.path).read_text("utf-8").count(each.old) for each in mutants.MUTANTS}
+    assert {name: n for name, n in times.items() if n != 1} == {}
+    assert len(times) == len(mutants.MUTANTS) >= 90
