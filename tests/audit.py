@@ -295,8 +295,9 @@ class _Audit:
         prefix: str = Job.redis_job_namespace_prefix
         jobs = {n.removeprefix(prefix): entry for n, entry in self.stored.items() if n.startswith(prefix)}
         for job_id, (_, value, _) in jobs.items():
-            if value.keys() == {b"last_heartbeat"}:
-                continue  # RQ's heartbeat puts back what has just ended, sees that, and deletes it
+            if value.keys() <= {b"last_heartbeat"}:
+                # RQ ended it between our two looks; its heartbeat may put that field back, sees it, and deletes it
+                continue
             if not decompress(value[b"data"]).startswith(b"["):
                 continue  # an ordinary job, pickled: ours never are
             call = arguments_of(value[b"data"])
