@@ -489,6 +489,7 @@ def test_without_a_provider_nothing_is_sent_or_kept(
     monkeypatch: pytest.MonkeyPatch, url: str, redis_client: redis.Redis
 ) -> None:
     assert not tracing.is_on()
+    sent(monkeypatch, url, redis_client)  # the scripts are loaded
     trips, fields, commands = sent(monkeypatch, url, redis_client)
     assert not fields & set(FIELDS)
     assert redis_client.keys("arm:traces:*") == []
