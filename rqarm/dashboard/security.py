@@ -13,7 +13,7 @@ import logging
 import secrets
 from urllib.parse import urlsplit
 
-from flask import Response, current_app, g, request
+from flask import Response, g, request
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import Forbidden, HTTPException, MethodNotAllowed, Unauthorized
 
@@ -164,12 +164,6 @@ def note(action: str, target: str, outcome: str) -> None:
 
 def new_nonce() -> str:
     return secrets.token_urlsafe(16)
-
-
-def is_read_only() -> bool:
-    """Whether the dashboard of this request takes no changes."""
-    options: Options = current_app.extensions["rqarm"].options
-    return options.read_only
 
 
 def _is_equal(given: str, expected: str) -> bool:

@@ -385,7 +385,7 @@ class Execution:
             given: Match | None = match
             if isinstance(match, FollowUpMatch):
                 given = yield from self._insist(followups.prepare(self.core, self.attempt, match))
-            value = None if given is None else (yield from self._handled(given))
+            value = None if given is None else (yield from self._handle(given))
             self._check()
             if isinstance(value, Redirected):
                 yield from self._redirect(value, match)
@@ -398,11 +398,17 @@ class Execution:
             yield from self._end_badly(error, route)
 
     def _handle(self, match: Match) -> Generator[Any, Any, Any]:
+        """What the handler returned, or where it sent us: a value that is another request's is not stored again."""
         try:
-            return (yield Handle(match))
+            value = yield Handle(match)
+        except Redirected as redirected:
+            return redirected
         finally:
             if self._emitter is not None and self._emitter.is_busy:
                 yield Flush(self._emitter)
+        if self._found is not None and value is self._found[1]:
+            return Redirected(self._found[0])
+        return value
 
     def _finish(self, match: Match, value: Any) -> flows.Flow[Any]:
         if isinstance(match, FollowUpMatch):
@@ -411,16 +417,6 @@ class Execution:
         return flows.finish(self.core, self.attempt, value, sticky=route.sticky, ttl=route.ttl, follow_up=follow_up)
 
     # -- redirects
-
-    def _handled(self, match: Match) -> Generator[Any, Any, Any]:
-        """What the handler returned, or where it sent us: a value that is another request's is not stored again."""
-        try:
-            value = yield from self._handle(match)
-        except Redirected as redirected:
-            return redirected
-        if self._found is not None and value is self._found[1]:
-            return Redirected(self._found[0])
-        return value
 
     def _redirect(self, redirected: Redirected, match: Match) -> Generator[Any, Any, None]:
         route, callback = match.route, followups.callback(self.core, self.attempt, match)
@@ -502,17 +498,10 @@ class Execution:
 
     def _run_async(self, value: Awaitable[Any], limit: float) -> Any:
         """Run an async handler to its end on the loop of this process."""
+        handling = self._with_resources(value, limit)
         if self.loop is not None:
-            return asyncio.run_coroutine_threadsafe(self._with_resources(value, limit), self.loop).result()
-        runner = event_loop()
-        try:
-            runner.run(start_resources())
-        except BaseException:
-            if inspect.iscoroutine(value):
-                value.close()  # nobody will await it
-            raise
-        handling = await_in_time(value, limit, self.spent())
-        return runner.run(handling if self.span is None else tracing.within(self.span, handling))
+            return asyncio.run_coroutine_threadsafe(handling, self.loop).result()
+        return event_loop().run(handling if self.span is None else tracing.within(self.span, handling))
 
     async def _with_resources(self, value: Awaitable[Any], limit: float) -> Any:
         try:

@@ -13,11 +13,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from redis.exceptions import RedisError
 from rq.timeouts import TimerDeathPenalty
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from rqarm.worker.rqworker import Worker
 
 log = logging.getLogger("rqarm.worker")
+T = TypeVar("T")
 
 #: steps that one round trip carries at the most
 TOGETHER = 100
@@ -95,6 +96,23 @@ class Pump:
     async def run(self, call: Callable[[], Any]) -> Any:
         """Something else that talks to the server and blocks."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+
+async def through(steps: Generator[Any, Any, T], ask: Callable[[Any], Awaitable[Any]]) -> T:
+    """The value of a flow, or of an execution, whose steps ``ask`` answers; what that raises belongs to the step."""
+    answer: Any = None
+    failure: BaseException | None = None
+    while True:
+        try:
+            step = steps.send(answer) if failure is None else steps.throw(failure)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+        answer = failure = None
+        try:
+            answer = await ask(step)
+        except BaseException as error:  # noqa: BLE001 -- whatever a handler raises, its request must end
+            failure = error
 
 
 class Company:
@@ -342,28 +360,20 @@ class ManyHorse(Horse):
 
     async def _drive(self, run: Execution, lane: Lane) -> None:
         """An execution on the event loop."""
-        steps = run.flow()
-        answer: Any = None
-        failure: BaseException | None = None
-        while True:
-            try:
-                step = steps.send(answer) if failure is None else steps.throw(failure)
-            except StopIteration:
-                return
-            answer = failure = None
-            try:
-                if isinstance(step, Handle):
-                    answer = await self._call(run, step.match, lane)
-                elif isinstance(step, Pause):
-                    await asyncio.sleep(step.seconds)
-                elif isinstance(step, Flush):
-                    await step.emitter.flush()
-                else:
-                    coupled = lane.couple(step)
-                    answer = await self._pump.execute(coupled or step)
-                    answer = lane.uncouple(answer) if coupled else answer
-            except BaseException as error:  # noqa: BLE001 -- whatever a handler raises, its request must end
-                failure = error
+
+        async def answer(step: Any) -> Any:
+            if isinstance(step, Handle):
+                return await self._call(run, step.match, lane)
+            if isinstance(step, Pause):
+                return await asyncio.sleep(step.seconds)
+            if isinstance(step, Flush):
+                return await step.emitter.flush()
+            coupled = lane.couple(step)
+            if coupled is None:
+                return await self._pump.execute(step)
+            return lane.uncouple(await self._pump.execute(coupled))
+
+        await through(run.flow(), answer)
 
     async def _call(self, run: Execution, match: Match, lane: Lane) -> Any:
         await execution.start_resources()
@@ -374,7 +384,7 @@ class ManyHorse(Horse):
             self.manager.shell.execute,
             self._pump.execute,
             look_up=partial(run.look_up_in, self.manager.shell),
-            look_up_async=lambda target: self._ask(run.look_up(target)),
+            look_up_async=lambda target: through(run.look_up(target), self._pump.execute),
         )
         handling = asyncio.ensure_future(
             await_in_time(match.call(run.attempt.request, context), run.limit, run.spent())
@@ -386,21 +396,6 @@ class ManyHorse(Horse):
             if run.hold.is_lost():
                 raise LeaseLost(run.attempt.key, "cancelled or taken over") from None
             raise
-
-    async def _ask(self, flow: flows.Flow[Any]) -> Any:
-        """The value of a flow that only asks."""
-        answer: Any = None
-        failure: Exception | None = None
-        while True:
-            try:
-                step = flow.send(answer) if failure is None else flow.throw(failure)
-            except StopIteration as end:
-                return end.value
-            answer = failure = None
-            try:
-                answer = await self._pump.execute(step)
-            except Exception as error:  # noqa: BLE001 -- it belongs to the flow
-                failure = error
 
     def _report(self, run: Execution, fraction: float, message: str) -> None:
         """Progress goes out beside the handler."""
