@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,10 @@ import managers
 import pytest
 import redis
 import servers
+from bench import Bench
 
 from rqarm import connect, embedded
+from rqarm.worker import execution
 
 
 @pytest.fixture(scope="session", params=["valkey", "redis"])
@@ -41,6 +44,15 @@ def redis_client(server: embedded.PrivateServer) -> Iterator[redis.Redis]:
     with connect.open_client(server.url) as client:
         client.flushall()
         yield client
+
+
+@pytest.fixture
+def bench(redis_client: redis.Redis, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """Handlers, a manager, and a worker of RQ's own in this process."""
+    monkeypatch.setattr(execution, "_process", execution._Process(os.getpid(), None, {}))
+    made = Bench(url, monkeypatch)
+    yield made
+    made.close()
 
 
 @pytest.fixture(params=managers.KINDS)

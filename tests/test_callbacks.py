@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import redis
 from audit import audit
+from bench import Bench
 from drive import ERROR, Rig, Seeded, server_ms, snapshot
 from servers import eventually
-from workers import burst
 
 from rqarm import (
     BatchRequest,
@@ -24,13 +24,11 @@ from rqarm import (
     State,
     UnpackableResult,
     codec,
-    connect,
     followups,
 )
 from rqarm.calls import Attempt, NextUp
 from rqarm.handlers import HOOK_RETRY, FollowUpMatch, Hook
 from rqarm.model import FollowUp, Outcome
-from rqarm.worker import execution, use_handlers
 
 REQUEST = BatchRequest("/slow?x=1", key="slow")
 HOUR_MS = 3_600_000
@@ -443,29 +441,10 @@ def test_a_consumer_is_not_told_of_its_own_death(rig: Rig) -> None:
 # -- run by RQ's own worker in this process
 
 
-class Bench:
-    """Handlers, a manager, and a worker. ``told`` is what the functions were called with."""
-
-    def __init__(self, url: str) -> None:
-        self.handlers, self.rm, self._url = Handlers(), RequestManager(url), url
-        self.told: list[Any] = []
-
-    def work(self) -> None:
-        use_handlers(self.handlers)
-        with connect.open_client(self._url) as client:
-            burst(client)
-
-
 @pytest.fixture
-def bench(redis_client: redis.Redis, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(execution, "_process", execution._Process(os.getpid(), None, {}))
-    bench = Bench(url)
+def bench(bench: Bench, redis_client: redis.Redis) -> Iterator[Bench]:
     yield bench
     audit(redis_client, bench.rm.core.keys)
-    bench.rm.close()
-    runner = execution.this_process().runner
-    if runner is not None:
-        runner.close()
 
 
 def test_the_callback_gets_the_result_and_every_payload_once(bench: Bench) -> None:

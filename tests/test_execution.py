@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import redis
+from bench import Bench
 from redis.exceptions import OutOfMemoryError, ReadOnlyError
 from rq.registry import FailedJobRegistry
 from servers import eventually
@@ -24,8 +24,6 @@ from rqarm import (
     BatchRequest,
     BatchStatus,
     Context,
-    Handlers,
-    RequestManager,
     Result,
     Retry,
     RqarmError,
@@ -36,75 +34,11 @@ from rqarm import (
 from rqarm.calls import Attempt, Call, Command
 from rqarm.model import Key
 from rqarm.shell import Shell
-from rqarm.worker import execution, perform, use_handlers
+from rqarm.worker import perform
 from rqarm.worker.limits import time_limit
 
 #: far above what any test needs; a test that reaches it is wrong
 LONG = 20.0
-
-
-class Bench:
-    """Handlers, a manager, and a worker that runs what was submitted."""
-
-    def __init__(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.handlers = Handlers()
-        self._url, self._monkeypatch = url, monkeypatch
-        self.settings: dict[str, Any] = {}
-        self.rm = RequestManager(url)
-
-    def set(self, **settings: Any) -> None:
-        """Settings of the worker, as its operator gives them, and of the manager."""
-        for name, value in settings.items():
-            self._monkeypatch.setenv(f"RQARM_{name.upper()}", str(value))
-        self.rm.close()
-        self.rm = RequestManager(self._url)
-
-    def route(self, function: Callable[..., Any], template: str = "/x", **options: Any) -> None:
-        """``function`` with no parameters, with the context, or with request and context, as the handler."""
-        wanted = function.__code__.co_argcount
-
-        if asyncio.iscoroutinefunction(function):
-
-            async def handler(request: Any, context: Any) -> Any:
-                return await function(*[(), (context,), (request, context)][wanted])
-        else:
-
-            def handler(request: Any, context: Any) -> Any:
-                return function(*[(), (context,), (request, context)][wanted])
-
-        self.handlers.route(template, **options)(handler)
-
-    def run(self, request: BatchRequest | str = "/x") -> BatchStatus:
-        """Submit, work until nothing is queued, and say what became of it."""
-        key = self.rm.submit(request).key
-        self.work()
-        return self.rm.status(key)
-
-    def work(self) -> None:
-        use_handlers(self.handlers)
-        with connect.open_client(self._url) as client:
-            burst(client)
-
-    def ttl(self, key: str) -> float:
-        """Seconds that the record is kept, -1 = for ever."""
-        return self.rm.connection.pttl(f"arm:status:{key}") / 1000
-
-    def verbs(self) -> list[str]:
-        return [event.verb for event in self.rm.events("0", timeout=0.001)]
-
-    def close(self) -> None:
-        self.rm.close()
-        runner = execution.this_process().runner
-        if runner is not None:
-            runner.close()
-
-
-@pytest.fixture
-def bench(redis_client: redis.Redis, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(execution, "_process", execution._Process(os.getpid(), None, {}))
-    bench = Bench(url, monkeypatch)
-    yield bench
-    bench.close()
 
 
 def error_of(status: BatchStatus) -> tuple[str, str]:

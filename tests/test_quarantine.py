@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -13,15 +12,15 @@ import pytest
 import redis
 import rq
 from audit import audit
+from bench import Bench
 from redis.exceptions import OutOfMemoryError
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
-from workers import burst, rq_cli
+from workers import rq_cli
 
 from rqarm import (
     BatchRequest,
     ConfigError,
-    Handlers,
     InvalidRequest,
     Outcome,
     Quarantined,
@@ -32,12 +31,10 @@ from rqarm import (
     State,
     UnpackableResult,
     codec,
-    connect,
 )
 from rqarm.calls import QuarantineEntry
 from rqarm.handlers import Route
 from rqarm.model import BLOCKING
-from rqarm.worker import execution, use_handlers
 
 URI = "/slow"
 
@@ -338,39 +335,10 @@ def test_explain_knows_what_a_submit_would_be_answered(kind: str, url: str, redi
 # -- run by a worker
 
 
-class Bench:
-    """Handlers, and a worker of RQ's own that runs what is queued."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.handlers = url, Handlers()
-        self.rm = RequestManager(url)
-        self.calls = 0
-
-    def route(self, function: Callable[[Any], Any], template: str = "/x", **options: Any) -> None:
-        def handler(request: Any, context: Any) -> Any:
-            self.calls += 1
-            return function(context)
-
-        self.handlers.route(template, **options)(handler)
-
-    def work(self) -> None:
-        use_handlers(self.handlers)
-        with connect.open_client(self.url) as client:
-            burst(client)
-
-    def run(self, uri: str = "/x", **options: Any) -> Any:
-        key = self.rm.submit(uri, **options).key
-        self.work()
-        return self.rm.status(key)
-
-
 @pytest.fixture
-def bench(redis_client: redis.Redis, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(execution, "_process", execution._Process(os.getpid(), None, {}))
-    bench = Bench(url)
+def bench(bench: Bench, redis_client: redis.Redis) -> Iterator[Bench]:
     yield bench
     audit(redis_client, bench.rm.core.keys)
-    bench.rm.close()
 
 
 def ask(context: Any) -> None:

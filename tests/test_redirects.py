@@ -14,12 +14,12 @@ import pytest
 import redis
 import servers
 from audit import audit
+from bench import Bench
 from drive import Rig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from managers import Threads, round_trips, threads
 from servers import eventually
-from test_execution import Bench
 from workers import crew
 
 from rqarm import (
@@ -40,7 +40,6 @@ from rqarm.calls import Attempt
 from rqarm.context import Redirected
 from rqarm.errors import LeaseLost, RedirectLoop
 from rqarm.model import Key, Outcome, Priority
-from rqarm.worker import execution
 
 APP = Path(__file__).parent / "redirect_app.py"
 LARGE = os.urandom(300_000)
@@ -515,11 +514,8 @@ def test_a_hit_through_an_alias_is_one_round_trip(
 
 
 @pytest.fixture
-def bench(redis_client: redis.Redis, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(execution, "_process", execution._Process(os.getpid(), None, {}))
-    bench = Bench(url, monkeypatch)
+def bench(bench: Bench, redis_client: redis.Redis) -> Iterator[Bench]:
     yield bench
-    bench.close()
     audit(redis_client, bench.rm.core.keys)
 
 
