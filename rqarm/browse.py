@@ -16,7 +16,7 @@ from enum import IntEnum, StrEnum
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from rqarm import codec
+from rqarm import packing
 from rqarm.calls import (
     NO_REQUEST,
     Attempt,
@@ -619,7 +619,7 @@ def _options(request: BatchRequest | None) -> dict[str, Any]:
 
 def _kwargs(packed: bytes | None) -> dict[str, Any]:
     try:
-        found = codec.unpack(packed) if packed else {}
+        found = packing.unpack(packed) if packed else {}
     except CorruptResult:
         return {}
     return found if isinstance(found, dict) else {}
@@ -650,7 +650,7 @@ def _payload(row: Sequence[Any], values: bool) -> PayloadView:
     value = None
     if values:
         try:
-            value = codec.unpack(packed)
+            value = packing.unpack(packed)
         except CorruptResult:
             value = packed
     return PayloadView(text_of(name), int(size), value)

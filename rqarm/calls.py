@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
 
-from rqarm import codec
+from rqarm import codec, packing
 from rqarm.codec import Envelope
 from rqarm.config import Settings
 from rqarm.errors import CorruptResult, ForeignData, InvalidRequest, KeyConflict, LeaseLost, RqarmError, VersionSkew
@@ -583,7 +583,7 @@ class Calls:
             word, *rest = _held(attempt.key, _words("complete", reply))
             if word == "torn":
                 raise _torn(attempt.key, rest[0])
-            return [codec.unpack(packed) for packed in (rest[0] if rest and rest[0] else ())]
+            return [packing.unpack(packed) for packed in (rest[0] if rest and rest[0] else ())]
 
         job = self._own_job(attempt)
         argv = (attempt.token, int(sticky), ttl_ms, attempt.request.family, job, *_envelope_argv(envelope, inline))
@@ -784,7 +784,7 @@ class Calls:
     def payloads(self, key: Key) -> Command[list[Any]]:
         """The payloads that were submitted with a request, in no order."""
         name = self.keys.named("callbacks", key=key)
-        return Command(("HVALS", name), lambda reply: [codec.unpack(packed) for packed in reply])
+        return Command(("HVALS", name), lambda reply: [packing.unpack(packed) for packed in reply])
 
     def requeue(self, entry: QuarantineEntry, ticket: Ticket, dismissal: str) -> Call[str]:
         """``requeued`` | ``already`` | ``superseded`` | ``in_flight`` | ``ended`` | ``unknown``."""
@@ -954,7 +954,7 @@ def foreign_data(keys: Iterable[str], error: Exception) -> ForeignData:
 
 _MISSING = ord("-")
 #: stored when a lease lapses and nobody is left to say why
-LAPSED = codec.pack_error("LeaseLapsed", "the worker fell silent for longer than its lease", "")
+LAPSED = packing.pack_error("LeaseLapsed", "the worker fell silent for longer than its lease", "")
 
 
 # a dictionary answers ten times as fast as the constructor of an enum
@@ -1053,7 +1053,7 @@ def _attempt(key: Key, values: list[Any], *, owns_job: bool = False) -> Attempt:
         )
 
     try:
-        return attempt(unpack_request(packed or b"", _joined(uri)), codec.unpack(kwargs) if kwargs else {})
+        return attempt(unpack_request(packed or b"", _joined(uri)), packing.unpack(kwargs) if kwargs else {})
     except (VersionSkew, InvalidRequest, CorruptResult) as reason:
         raise UnreadableRequest(attempt(NO_REQUEST, {}), reason) from reason
 
@@ -1094,7 +1094,7 @@ def _status(key: Key, packed: bytes, outcome: Outcome | None = None, value: Any 
         progress=fraction,
         progress_message=message,
         attempts=int(field["attempts"] or 0),
-        error=codec.unpack_error(field["error"] or LAPSED) if field["error"] is not None else None,
+        error=packing.unpack_error(field["error"] or LAPSED) if field["error"] is not None else None,
         worker=_text(field["worker"]) if field["worker"] else None,
         queue=_text(field["queue"] or b""),
         quarantined=field["quarantined"] is not None,
@@ -1127,7 +1127,7 @@ def _entry(key: Key, values: list[bytes | None]) -> QuarantineEntry | State:
         request = unpack_request(field["request"] or b"", identity)
     except (VersionSkew, InvalidRequest, CorruptResult):
         request = None
-    error, note = codec.unpack_error(field["error"] or LAPSED), _mapping(field["note"])
+    error, note = packing.unpack_error(field["error"] or LAPSED), _mapping(field["note"])
     return QuarantineEntry(
         key=key,
         reason=_reason(field["quarantined"]),
@@ -1156,7 +1156,7 @@ def _entry(key: Key, values: list[bytes | None]) -> QuarantineEntry | State:
 def _mapping(packed: bytes | None) -> dict[str, Any]:
     """What an entry can be shown without: bytes that cannot be read are left out."""
     try:
-        found = codec.unpack(packed) if packed else {}
+        found = packing.unpack(packed) if packed else {}
     except CorruptResult:
         found = {}
     return found if isinstance(found, dict) else {}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from rqarm import codec, tracing
+from rqarm import codec, packing, tracing
 from rqarm.calls import (
     LAPSED,
     Attempt,
@@ -221,7 +221,7 @@ def pack_payload(payload: Any, payload_id: str | None = None) -> tuple[str, byte
         if payload_id is not None:
             raise InvalidRequest("an id of a payload needs a payload", where="payload_id")
         return None
-    packed = codec.pack_arguments(payload)
+    packed = packing.pack_arguments(payload)
     if payload_id is None:
         return hashlib.blake2b(packed, digest_size=8).hexdigest(), packed
     if not isinstance(payload_id, str) or not 1 <= len(payload_id) <= MAX_PAYLOAD_ID_CHARS:
@@ -649,7 +649,7 @@ def fail(
 
 def retry(core: Core, attempt: Attempt, error: bytes, *, delay: float, kwargs: dict[str, Any] | None) -> Flow[None]:
     """Run the request again after ``delay`` seconds, its claim held. Raises LeaseLost, UnpackableResult."""
-    packed = codec.pack_arguments(kwargs) if kwargs else b""
+    packed = packing.pack_arguments(kwargs) if kwargs else b""
     ticket = _ticket_again(core, attempt, delay)
     yield core.calls.retry(attempt, ticket, delay_ms=ms(delay), kwargs=packed, error=error)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from rqarm import codec
+from rqarm import packing
 from rqarm.calls import EMITTED_MAX, Attempt, Followed
 from rqarm.errors import EmissionTooLarge, RequestLost, RequestUnknown, RqarmError, WaitTimeout
 from rqarm.flows import RECHECK, Core, Emit, Flow, Listen, Watch, _value, sweep_if_due
@@ -70,7 +70,7 @@ class FollowEvent:
 
 def pack_emission(value: Any) -> bytes:
     """Raises UnpackableResult, EmissionTooLarge."""
-    packed = codec.pack(value)
+    packed = packing.pack(value)
     if len(packed) > EMITTED_MAX:
         raise EmissionTooLarge(len(packed), EMITTED_MAX)
     return packed
@@ -149,5 +149,5 @@ class _Known:
             yield FollowEvent(FollowKind.DROPPED, self.key, attempt, count=lost)
         for number, packed in enumerate(seen.values, seen.first):
             self.number = number
-            value = codec.unpack(packed)
+            value = packing.unpack(packed)
             yield FollowEvent(FollowKind.EMITTED, self.key, attempt, value=value, number=number)

@@ -28,11 +28,11 @@ from email.message import Message
 from typing import Any, Final, Generic, ParamSpec, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import quote, unquote, unquote_to_bytes
 
-from rqarm.codec import Result
 from rqarm.context import Context
 from rqarm.errors import ConfigError, InvalidRequest, NoHandler, ResultTooLarge, RqarmError, UnpackableResult
 from rqarm.model import OWN_OPERATION, FollowUp, Key, Priority
 from rqarm.request import BatchRequest
+from rqarm.result import Result
 
 P = ParamSpec("P")
 R = TypeVar("R")

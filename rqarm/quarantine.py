@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from rqarm import codec
+from rqarm import packing
 from rqarm.calls import Batch, Call, QuarantineEntry
 from rqarm.context import SetAside
 from rqarm.errors import InvalidRequest, NoHandler, ResultTooLarge, UnpackableResult
@@ -55,8 +55,8 @@ def note_for(match: Match | None, kwargs: dict[str, Any], error: BaseException |
     if match is not None:
         note["route"] = match.route.name
     if isinstance(error, SetAside):
-        note["info"] = codec.unpack(error.packed_info)
-    return codec.pack(note)
+        note["info"] = packing.unpack(error.packed_info)
+    return packing.pack(note)
 
 
 # -- flows

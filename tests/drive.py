@@ -15,7 +15,7 @@ from typing import Any
 import redis
 from redis.exceptions import NoScriptError
 
-from rqarm import codec, flows, followups
+from rqarm import codec, flows, followups, packing
 from rqarm.calls import (
     Attempt,
     Batch,
@@ -52,7 +52,7 @@ STORED_STATE: dict[str, State] = {
 LEASE_MS = 60_000
 #: the limit of a test that needs only one
 LIMIT = "/limited/{n}"
-ERROR = codec.pack_error("Boom", "it did not work", "")
+ERROR = packing.pack_error("Boom", "it did not work", "")
 
 #: everything stored: name -> (type, value, moment of expiry in Unix ms or -1)
 Snapshot = dict[str, tuple[str, Any, int]]

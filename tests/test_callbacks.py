@@ -25,6 +25,7 @@ from rqarm import (
     UnpackableResult,
     codec,
     followups,
+    packing,
 )
 from rqarm.calls import Attempt, NextUp
 from rqarm.handlers import HOOK_RETRY, FollowUpMatch, Hook
@@ -581,7 +582,7 @@ def test_the_consumer_gets_the_entry_of_what_has_killed_its_workers(bench: Bench
     bench.handlers.quarantine(bench.told.append)
     rig = Rig(bench.rm.connection)
     seeded = rig.seed("quarantined", "/x")
-    rig.client.hset(rig.named("callbacks", key=seeded.key), "id", codec.pack("p"))
+    rig.client.hset(rig.named("callbacks", key=seeded.key), "id", packing.pack("p"))
     rig.client.delete(rig.named("swept"))
     bench.rm.submit("/x?other")
     bench.work()

@@ -26,27 +26,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rqarm import codec
-from rqarm.codec import (
-    EXT_CODE,
-    MAX_DEPTH,
-    ChunkReader,
-    Envelope,
-    Result,
-    decode,
-    decode_chunks,
-    encode,
-    open_reader,
-    pack,
-    pack_error,
-    unpack,
-    unpack_error,
-)
+from rqarm import codec, compression, packing
+from rqarm.codec import ChunkReader, Envelope, decode, decode_chunks, encode, open_reader
 from rqarm.config import Settings
 from rqarm.errors import ConfigError, CorruptResult, ResultTooLarge, UnpackableResult, VersionSkew
+from rqarm.packing import EXT_CODE, MAX_DEPTH, pack, pack_error, unpack, unpack_error
+from rqarm.result import Result, filename_fault
 
 SMALL = Settings(inline_bytes=16, chunk_bytes=32, max_result_bytes=1_000, compress_above=1_000)
-ENGINES = [False, *([True] if codec._zstd() else [])]
+ENGINES = [False, *([True] if compression.find_zstd() else [])]
 
 
 def same(one, other):
@@ -332,7 +320,7 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
 def test_a_bomb_is_refused_within_bounded_memory(bomb, monkeypatch):
     """At a tenth of the real limit. tracemalloc counts what is asked for, touched or not."""
-    monkeypatch.setattr(codec, "MAX_ITEMS", 1_000_000)
+    monkeypatch.setattr(packing, "MAX_ITEMS", 1_000_000)
     packed = bomb()
     with traced(100_000_000), pytest.raises(CorruptResult):
         unpack(packed)
@@ -349,7 +337,7 @@ def traced(max_bytes):
 
 
 def test_more_items_than_the_reader_takes_are_refused_when_packed(monkeypatch):
-    monkeypatch.setattr(codec, "MAX_ITEMS", 100)
+    monkeypatch.setattr(packing, "MAX_ITEMS", 100)
     assert unpack(pack(list(range(100)))) == list(range(100))
     tagged = [tuple(range(100)), dict.fromkeys(range(100), ())]
     assert unpack(pack(tagged[:1])) == tagged[:1]
@@ -360,9 +348,9 @@ def test_more_items_than_the_reader_takes_are_refused_when_packed(monkeypatch):
 
 
 def test_the_scan_leaves_exactly_the_depth():
-    codec._scan(b"\x91" * MAX_DEPTH + b"\xc0")
+    packing._scan(b"\x91" * MAX_DEPTH + b"\xc0")
     with pytest.raises(ValueError):
-        codec._scan(b"\x91" * (MAX_DEPTH + 1) + b"\xc0")
+        packing._scan(b"\x91" * (MAX_DEPTH + 1) + b"\xc0")
 
 
 def test_a_wide_value_of_shared_parts_is_blamed_quickly():
@@ -631,7 +619,7 @@ def test_the_first_chunk_decides():
 
 
 def test_zlib_is_used_where_zstd_is_missing(monkeypatch):
-    monkeypatch.setattr(codec, "_zstd", lambda: None)
+    monkeypatch.setattr(codec, "find_zstd", lambda: None)
     assert stored_form(b"a" * 500, SQUEEZE)[0].encoding == "zlib"
     with pytest.raises(ConfigError, match=r"install rqarm\[zstd\]"):
         encode(b"a" * 500, SQUEEZE, zstd=True)
@@ -640,7 +628,7 @@ def test_zlib_is_used_where_zstd_is_missing(monkeypatch):
 @pytest.mark.skipif(len(ENGINES) == 1, reason="this Python has no zstd")
 def test_a_reader_without_zstd_is_told_to_install_it(monkeypatch):
     envelope, pieces = stored_form(b"a" * 500, SQUEEZE, zstd=True)
-    monkeypatch.setattr(codec, "_zstd", lambda: None)
+    monkeypatch.setattr(compression, "find_zstd", lambda: None)
     with pytest.raises(VersionSkew, match=r"install rqarm\[zstd\]"):
         decode(envelope, pieces[0])
 
@@ -648,14 +636,14 @@ def test_a_reader_without_zstd_is_told_to_install_it(monkeypatch):
 def test_without_any_zstd_module_there_is_none(monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     monkeypatch.setitem(sys.modules, "compression.zstd", None)
-    codec._zstd.cache_clear()
-    assert codec._zstd() is None
-    codec._zstd.cache_clear()
+    compression.find_zstd.cache_clear()
+    assert compression.find_zstd() is None
+    compression.find_zstd.cache_clear()
 
 
 @pytest.mark.parametrize("zstd", ENGINES)
 def test_a_zip_bomb_inflates_no_further_than_the_envelope_says(zstd):
-    bomb = codec._zstd().compress(b"\0" * 200_000_000) if zstd else zlib.compress(b"\0" * 200_000_000, 1)
+    bomb = compression.find_zstd().compress(b"\0" * 200_000_000) if zstd else zlib.compress(b"\0" * 200_000_000, 1)
     envelope = Envelope(
         kind="bytes", size=1_000, stored=len(bomb), checksum="00000000", encoding="zstd" if zstd else "zlib"
     )
@@ -962,7 +950,7 @@ def test_a_browser_gets_every_name_that_can_be_stored_back(filename):
     parsed["Content-Disposition"] = disposition
     assert parsed.get_content_disposition() == "attachment"
     assert set(parsed["Content-Disposition"].params) <= {"filename"}
-    if not codec._filename_fault(filename):
+    if not filename_fault(filename):
         quoted = re.fullmatch(r"attachment; filename=\"([^\"]*)\"(?:; filename\*=UTF-8''(\S+))?", disposition)
         assert quoted is not None
         assert (unquote(quoted[2]) if quoted[2] else quoted[1]) == filename

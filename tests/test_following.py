@@ -32,9 +32,9 @@ from rqarm import (
     State,
     UnpackableResult,
     WaitTimeout,
-    codec,
     embedded,
     following,
+    packing,
 )
 from rqarm.calls import NO_REQUEST, Attempt, Followed, Found
 from rqarm.cli import main
@@ -406,7 +406,7 @@ def test_what_a_handler_cannot_emit_is_an_error_in_the_handler(team: Crew) -> No
 
 
 def looked(state: State, token: str = "7", first: int = 1, *values: Any) -> Followed:
-    packed = tuple(codec.pack(value) for value in values)
+    packed = tuple(packing.pack(value) for value in values)
     return Followed(Found(BatchStatus(Key("k"), state, attempts=1), None), token, first, packed)
 
 

@@ -22,7 +22,7 @@ from drive import ERROR, LEASE_MS, STATES, STORED_STATE, Rig, Seeded, Snapshot, 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rqarm import RequestManager, browse, codec, connect, embedded, flows, followups
+from rqarm import RequestManager, browse, codec, connect, embedded, flows, followups, packing
 from rqarm import calls as calls_module
 from rqarm.calls import Attempt, Call, Found, Overdue, Ticket
 from rqarm.errors import ForeignData, KeyConflict, LeaseLost, RqarmError
@@ -790,7 +790,7 @@ def test_the_record_of_a_usual_request_is_stored_as_a_list(rig: Rig, length: int
 def test_a_completed_record_keeps_what_readers_see_and_what_repeats_are_known_by(rig: Rig) -> None:
     request = BatchRequest("/slow", ttl=60)
     attempt = rig.begin(request)
-    rig.reply(rig.calls.retry(attempt, rig.ticket(request), delay_ms=1, kwargs=codec.pack({"a": 1}), error=ERROR))
+    rig.reply(rig.calls.retry(attempt, rig.ticket(request), delay_ms=1, kwargs=packing.pack({"a": 1}), error=ERROR))
     attempt = rig.ask(rig.take())
     rig.reply(rig.calls.renew(attempt, LEASE_MS, b'{"fraction": 0.5, "message": ""}'))
     assert rig.word(rig.complete(attempt)) == "stored"
@@ -1290,7 +1290,7 @@ def test_a_duplicate_ticket_starts_nothing(rig: Rig) -> None:
 
 def test_a_retry_with_new_arguments_hands_them_to_the_next_attempt(rig: Rig) -> None:
     seeded = rig.seed("mine")
-    kwargs = codec.pack({"page": 2})
+    kwargs = packing.pack({"page": 2})
     rig.reply(rig.retry(seeded.attempt, rig.ticket(seeded.request), kwargs=kwargs))
     again = rig.ask(rig.take())
     assert (again.kwargs, again.number, again.retries) == ({"page": 2}, 2, 1)
@@ -1908,13 +1908,13 @@ def test_foreign_data_does_not_stop_the_sweep(rig: Rig) -> None:
 
 def emit(rig: Rig, attempt: Attempt, *values: Any, first: int = 1) -> None:
     for number, value in enumerate(values, first):
-        assert rig.word(rig.calls.emit(attempt, number, codec.pack(value))) == "emitted"
+        assert rig.word(rig.calls.emit(attempt, number, packing.pack(value))) == "emitted"
 
 
 def emitted(rig: Rig, key: Key) -> list[Any]:
     """What a late joiner is given."""
     seen = rig.ask(rig.calls.follow(key, "", 0))
-    return [] if seen is None else [codec.unpack(packed) for packed in seen.values]
+    return [] if seen is None else [packing.unpack(packed) for packed in seen.values]
 
 
 @pytest.mark.parametrize("end", ["complete", "sticky", "fail", "cancel"])
@@ -2008,7 +2008,7 @@ def test_an_evicted_list_goes_on_with_the_next_number(rig: Rig) -> None:
     rig.client.delete(rig.named("emitted", key=attempt.key))
     emit(rig, attempt, "c", first=3)
     seen = rig.ask(rig.calls.follow(attempt.key, str(attempt.token), 2))
-    assert (seen.first, [codec.unpack(packed) for packed in seen.values]) == (3, ["c"])
+    assert (seen.first, [packing.unpack(packed) for packed in seen.values]) == (3, ["c"])
     audit(rig.client, rig.keys)
 
 

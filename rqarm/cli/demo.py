@@ -34,13 +34,13 @@ import click
 from rqarm import connect, embedded
 from rqarm.cli.common import FAILURE, Target, complain, duration, is_terminal, json_text, plain, print_table, size
 from rqarm.cli.waiting import Line
-from rqarm.codec import Result
 from rqarm.config import Settings
 from rqarm.errors import RqarmError
 from rqarm.keys import PATTERNS, Keys
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, Key, State
 from rqarm.request import BatchRequest
+from rqarm.result import Result
 from rqarm.rqjobs import queue_names
 from rqarm.worker import Worker
 

@@ -6,7 +6,6 @@ import sys
 
 import click
 
-from rqarm import codec
 from rqarm.cli.common import (
     Target,
     as_json,
@@ -23,6 +22,7 @@ from rqarm.cli.values import write_value
 from rqarm.cli.waiting import Line, bar, going_on
 from rqarm.following import FollowEvent, FollowKind
 from rqarm.manager import RequestManager
+from rqarm.result import Result
 
 
 @click.command()
@@ -48,7 +48,7 @@ def follow(target: Target, key: str, timeout: float | None, is_json: bool) -> in
 
 def _print_document(event: FollowEvent) -> int:
     document = event.to_dict()
-    if isinstance(event.value, codec.Result):
+    if isinstance(event.value, Result):
         document["value"] = event.value.data
     click.echo(json_text(document, indent=None))
     return exit_code(event.error) if event.error is not None else 0

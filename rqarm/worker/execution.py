@@ -29,9 +29,8 @@ import redis
 import rq
 from rq.job import Job
 
-from rqarm import codec, flows, followups, redirects, tracing
+from rqarm import flows, followups, packing, redirects, tracing
 from rqarm.calls import Attempt, NextUp
-from rqarm.codec import Result
 from rqarm.context import Context, Redirected, RetryLater, SetAside
 from rqarm.errors import (
     ConfigError,
@@ -49,6 +48,7 @@ from rqarm.manager import RequestManager
 from rqarm.model import Key, State
 from rqarm.quarantine import note_for, reason_for
 from rqarm.request import BatchRequest
+from rqarm.result import Result
 from rqarm.rqjobs import key_of
 from rqarm.shell import Shell
 from rqarm.worker.emitter import Emitter
@@ -432,7 +432,7 @@ class Execution:
         try:
             word = yield from self._insist(redirect)
         except flows.Refused as refused:
-            packed, delay = codec.pack_error(refused), redirects.REFUSED_DELAY
+            packed, delay = packing.pack_error(refused), redirects.REFUSED_DELAY
             yield from self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=None))
             self._tell(f"retried in {delay:g} s", route, refused)
             return
@@ -604,7 +604,7 @@ class Execution:
             if delay is not None:
                 kwargs = dict(error.kwargs) if isinstance(error, RetryLater) and error.kwargs else None
                 yield from self._insist(
-                    flows.retry(self.core, self.attempt, codec.pack_error(error), delay=delay, kwargs=kwargs)
+                    flows.retry(self.core, self.attempt, packing.pack_error(error), delay=delay, kwargs=kwargs)
                 )
                 self._tell(f"retried in {delay:g} s", route, error)
                 return
@@ -670,7 +670,7 @@ def fail_for_good(core: Core, attempt: Attempt, error: BaseException, match: Mat
     yield from flows.fail(
         core,
         attempt,
-        codec.pack_error(error),
+        packing.pack_error(error),
         failure_ttl=route.failure_ttl if route is not None else None,
         negative_ttl=route.negative_for(error) if route is not None else None,
         reason=reason,

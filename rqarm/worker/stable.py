@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 from rq.worker import WorkerStatus
 
-from rqarm import codec, flows
+from rqarm import flows, packing
 from rqarm.calls import Attempt, Batch, Taken, UnreadableRequest, ms
 from rqarm.errors import LeaseLost, RequestUnknown, RqarmError
 from rqarm.handlers import Match
@@ -517,7 +517,7 @@ class Stable:
             elif run.death in ("crash", "lease"):
                 error = WorkHorseDied(obituary)
                 note = note_for(self._match(attempt), attempt.kwargs)
-                outcome = shell.run(flows.crash(core, attempt, codec.pack_error("WorkHorseDied", obituary, ""), note))
+                outcome = shell.run(flows.crash(core, attempt, packing.pack_error("WorkHorseDied", obituary, ""), note))
                 if outcome not in ("requeued", "quarantined"):
                     raise LeaseLost(attempt.key, outcome)
                 if outcome == "quarantined":
