@@ -17,7 +17,7 @@ from rqarm.model import Key
 from rqarm.request import BatchRequest, as_request
 
 if TYPE_CHECKING:
-    from rqarm.handlers import Resources
+    from rqarm.resources import Resources
 
 #: a progress bar needs no more than this, and each report is a write to Redis
 SECONDS_BETWEEN_REPORTS = 1.0

@@ -19,9 +19,12 @@ from rqarm.calls import Batch, Call, QuarantineEntry
 from rqarm.context import SetAside
 from rqarm.errors import InvalidRequest, NoHandler, ResultTooLarge, UnpackableResult
 from rqarm.flows import Core, Emit, Flow
-from rqarm.handlers import AppRefusal, Match, Route, takes
+from rqarm.handlers import Match
 from rqarm.model import Key, Reason, State
+from rqarm.mounts import AppRefusal
+from rqarm.routes import Route
 from rqarm.shell import AsyncShell, Shell, same_docs
+from rqarm.templates import takes
 from rqarm.uri import check_key, redact
 
 #: entries that one round trip reads; a traceback has 16 KiB at the most

@@ -55,6 +55,12 @@ def size(count: int) -> str:
     return f"{amount:.1f} {units[0]}" if amount != count else f"{count} B"
 
 
+def name_of(thing: Any) -> str:
+    """Where the source of a function or class is: its module and name."""
+    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    return f"{module}.{name}" if module and name else repr(thing)
+
+
 # -- for JSON
 
 

@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 
 from rqarm.context import Context, RetryLater
 from rqarm.errors import ConfigError, InvalidRequest, NoHandler, ResultTooLarge
-from rqarm.handlers import AppError, AppRefusal, Handlers, ResourceError, Resources, Retry, Route
+from rqarm.handlers import Handlers
 from rqarm.model import Key, Priority
+from rqarm.mounts import AppError, AppRefusal
 from rqarm.request import BatchRequest
+from rqarm.resources import ResourceError, Resources
+from rqarm.routes import Retry, Route
 
 if TYPE_CHECKING:
     from typing import Any as OnlyForTypeCheckers

@@ -34,8 +34,8 @@ from rqarm import (
     packing,
 )
 from rqarm.calls import QuarantineEntry
-from rqarm.handlers import Route
 from rqarm.model import BLOCKING
+from rqarm.routes import Route
 
 URI = "/slow"
 

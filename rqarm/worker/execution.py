@@ -43,12 +43,13 @@ from rqarm.errors import (
     UnpackableResult,
 )
 from rqarm.flows import Core
-from rqarm.handlers import MISS, FollowUpMatch, Handlers, Match, Route
+from rqarm.handlers import MISS, FollowUpMatch, Handlers, Match
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
 from rqarm.quarantine import note_for, reason_for
 from rqarm.request import BatchRequest
 from rqarm.result import Result
+from rqarm.routes import Route
 from rqarm.rqjobs import key_of
 from rqarm.shell import Shell
 from rqarm.worker.emitter import Emitter
