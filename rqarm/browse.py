@@ -17,25 +17,13 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from rqarm import packing
-from rqarm.calls import (
-    NO_REQUEST,
-    Attempt,
-    Batch,
-    Call,
-    Command,
-    joined,
-    ms,
-    read_envelope,
-    read_events,
-    read_status,
-    read_words,
-    rows,
-    text_of,
-)
+from rqarm.calls import Batch, Call, Command, ms
+from rqarm.codec import unpack_envelope
 from rqarm.errors import CorruptResult, InvalidRequest, LeaseLost, RequestUnknown, VersionSkew
 from rqarm.flows import Core, Event, Flow
 from rqarm.keys import URI_FIELDS
 from rqarm.model import BatchStatus, Key, Priority, State, Token
+from rqarm.replies import NO_REQUEST, Attempt, joined, read_events, read_status, read_words, rows, text_of
 from rqarm.request import MAX_SECONDS, MIN_TTL_S, BatchRequest
 from rqarm.request import unpack as unpack_request
 from rqarm.scripts import script
@@ -631,7 +619,7 @@ def _message(progress: bytes | None) -> str:
 
 def _result_view(values: list[Any]) -> ResultView:
     owner, packed, _, chunks, missing, _ = values
-    envelope = read_envelope(packed or b"")
+    envelope = unpack_envelope(packed or b"")
     return ResultView(
         kind=envelope.kind,
         content_type=envelope.content_type,
@@ -718,7 +706,7 @@ def _overview(
 
 def _kind(packed: bytes) -> str:
     try:
-        return str(read_envelope(packed).kind)
+        return str(unpack_envelope(packed).kind)
     except (CorruptResult, VersionSkew):
         return "unreadable"
 

@@ -14,10 +14,11 @@ from itertools import zip_longest
 from typing import Any, TypeAlias
 
 from rqarm import codec, flows, tracing
-from rqarm.calls import Attempt, Batch, Call, Found, Stored, Ticket, ms
+from rqarm.calls import Batch, Call, Ticket, ms
 from rqarm.errors import BulkError, CorruptResult, InvalidRequest, RqarmError
 from rqarm.flows import PIECES, Core, Emit, Flow
 from rqarm.model import BatchStatus, Key, Outcome
+from rqarm.replies import Attempt, Found, Stored
 from rqarm.request import BatchRequest, as_request
 from rqarm.result import Result
 

@@ -8,9 +8,9 @@ from typing import IO, Any
 
 from rqarm import browse, codec, flows
 from rqarm.browse import CacheOverview, CachePage
-from rqarm.calls import Stats
 from rqarm.flows import Core
 from rqarm.model import BatchStatus, Key, State
+from rqarm.replies import Stats
 from rqarm.request import BatchRequest
 from rqarm.shell import AsyncShell, Shell, same_docs
 

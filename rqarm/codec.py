@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from rqarm.compression import Encoding, deflate, find_zstd, inflate
@@ -174,6 +175,20 @@ def _number(fields: Mapping[bytes, bytes], name: bytes, default: bytes = b"") ->
 #: every chunk starts with the CRC-32 of its bytes before compression, seeded with its number, big-endian: a reader that
 #: seeks has no other check, and two swapped chunks are seen
 _PREFIX_BYTES = 4
+
+
+def pack_envelope(envelope: Envelope) -> bytes:
+    """A line ``name=value`` for each field: people read it in redis-cli, and one value is cheaper than ten."""
+    parts = [part if isinstance(part, bytes) else part.encode() for part in envelope.to_fields()]
+    return b"\n".join(b"%s=%s" % pair for pair in zip(parts[::2], parts[1::2], strict=True))
+
+
+@lru_cache(maxsize=1024)
+def unpack_envelope(packed: bytes) -> Envelope:
+    """Cached, because what is read often is read with the same envelope, and it takes longer than its value."""
+    lines = (line.partition(b"=") for line in packed.split(b"\n"))
+    return Envelope.from_fields({name: value for name, _, value in lines})
+
 
 # --- encoding ---------------------------------------------------------------------------------------------------------
 

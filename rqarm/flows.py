@@ -17,26 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from rqarm import codec, packing, tracing
-from rqarm.calls import (
-    LAPSED,
-    Attempt,
-    Batch,
-    Call,
-    Calls,
-    Command,
-    Found,
-    NextUp,
-    Overdue,
-    Page,
-    ParkingTicket,
-    Stats,
-    Stored,
-    Swept,
-    Taken,
-    Ticket,
-    UnreadableRequest,
-    ms,
-)
+from rqarm.calls import Batch, Call, Calls, Command, NextUp, ParkingTicket, Ticket, ms
 from rqarm.config import Settings
 from rqarm.errors import (
     CorruptResult,
@@ -51,6 +32,7 @@ from rqarm.errors import (
 )
 from rqarm.keys import Keys
 from rqarm.model import BatchStatus, Key, Outcome, Priority, State
+from rqarm.replies import LAPSED, Attempt, Found, Overdue, Page, Stats, Stored, Swept, Taken, UnreadableRequest
 from rqarm.request import BatchRequest, as_request
 from rqarm.uri import Canonical, check_key, redact
 

@@ -13,11 +13,12 @@ from enum import StrEnum
 from typing import Any
 
 from rqarm import packing
-from rqarm.calls import EMITTED_MAX, Attempt, Followed
+from rqarm.calls import EMITTED_MAX
 from rqarm.errors import EmissionTooLarge, RequestLost, RequestUnknown, RqarmError, WaitTimeout
 from rqarm.flows import RECHECK, Core, Emit, Flow, Listen, Watch, _value, sweep_if_due
 from rqarm.keys import Keys
 from rqarm.model import Key, State
+from rqarm.replies import Attempt, Followed
 from rqarm.request import BatchRequest
 from rqarm.uri import check_key
 

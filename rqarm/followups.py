@@ -13,11 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 from rqarm import flows, packing
-from rqarm.calls import About, Attempt, Batch, NextUp, QuarantineEntry, Unattended
+from rqarm.calls import Batch, NextUp
 from rqarm.errors import CorruptResult, RqarmError
 from rqarm.flows import Core, Flow, value_of
 from rqarm.handlers import FollowUpMatch, Handlers, Match
 from rqarm.model import OWN_OPERATION, FollowUp, Key, Priority, State
+from rqarm.replies import About, Attempt, QuarantineEntry, Unattended
 from rqarm.request import BatchRequest
 
 #: unattended failures that one look reads, and looks at the most in one go

@@ -27,9 +27,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from rqarm.calls import Batch, Census
+from rqarm.calls import Batch
 from rqarm.flows import Core, Flow
 from rqarm.model import Key
+from rqarm.replies import Census
 from rqarm.uri import redact
 from rqarm.version import __version__
 

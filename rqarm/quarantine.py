@@ -15,13 +15,14 @@ from dataclasses import replace
 from typing import Any
 
 from rqarm import packing
-from rqarm.calls import Batch, Call, QuarantineEntry
+from rqarm.calls import Batch, Call
 from rqarm.context import SetAside
 from rqarm.errors import InvalidRequest, NoHandler, ResultTooLarge, UnpackableResult
 from rqarm.flows import Core, Emit, Flow
 from rqarm.handlers import Match
 from rqarm.model import Key, Reason, State
 from rqarm.mounts import AppRefusal
+from rqarm.replies import QuarantineEntry
 from rqarm.routes import Route
 from rqarm.shell import AsyncShell, Shell, same_docs
 from rqarm.templates import takes

@@ -8,9 +8,9 @@ import threading
 from typing import Any
 
 from rqarm import flows, following, followups, packing, redirects
-from rqarm.calls import Attempt
 from rqarm.flows import Core
 from rqarm.model import Key, Reason, State, Token
+from rqarm.replies import Attempt
 from rqarm.request import BatchRequest
 from rqarm.shell import AsyncShell, Shell, same_docs
 

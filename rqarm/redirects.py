@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rqarm import flows
-from rqarm.calls import Attempt, NextUp, Redirection, ms
+from rqarm.calls import NextUp, ms
 from rqarm.context import Redirected
 from rqarm.errors import (
     CorruptResult,
@@ -25,6 +25,7 @@ from rqarm.errors import (
 )
 from rqarm.flows import Core, Flow
 from rqarm.model import BatchStatus, Outcome, Priority, State
+from rqarm.replies import Attempt, Redirection
 from rqarm.request import BatchRequest, as_request
 from rqarm.uri import redact
 

@@ -21,12 +21,13 @@ from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from rqarm import connect
-from rqarm.calls import Batch, Call, Command, foreign_data
+from rqarm.calls import Batch, Call, Command
 from rqarm.config import Settings
 from rqarm.errors import ConfigError, RqarmError
 from rqarm.flows import Emit, Flow, Listen, Step, Watch
 from rqarm.keys import Keys
 from rqarm.listen import AsyncListener, AsyncWatching, Listener, Watching
+from rqarm.replies import foreign_data
 from rqarm.scripts import Script
 
 T = TypeVar("T")

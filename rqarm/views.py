@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rqarm.calls import Batch, Found
+from rqarm.calls import Batch
 from rqarm.flows import Core, Flow
 from rqarm.model import Key, Outcome, State
+from rqarm.replies import Found
 from rqarm.request import BatchRequest, as_request
 from rqarm.uri import Step, canonicalize
 

@@ -16,23 +16,12 @@ import redis
 from redis.exceptions import NoScriptError
 
 from rqarm import codec, flows, followups, packing
-from rqarm.calls import (
-    Attempt,
-    Batch,
-    Call,
-    Command,
-    Found,
-    NextUp,
-    ParkingTicket,
-    QuarantineEntry,
-    Redirection,
-    Taken,
-    Ticket,
-)
+from rqarm.calls import Batch, Call, Command, NextUp, ParkingTicket, Ticket
 from rqarm.config import Settings
 from rqarm.flows import Core, Emit, Flow
 from rqarm.keys import Keys
 from rqarm.model import FollowUp, Key, Priority, State, Token
+from rqarm.replies import Attempt, Found, QuarantineEntry, Redirection, Taken
 from rqarm.request import BatchRequest, as_request
 from rqarm.rqjobs import RqJobs
 

@@ -27,9 +27,10 @@ from rqarm import (
     followups,
     packing,
 )
-from rqarm.calls import Attempt, NextUp
+from rqarm.calls import NextUp
 from rqarm.handlers import HOOK_RETRY, FollowUpMatch, Hook
 from rqarm.model import FollowUp, Outcome
+from rqarm.replies import Attempt
 
 REQUEST = BatchRequest("/slow?x=1", key="slow")
 HOUR_MS = 3_600_000

@@ -40,9 +40,9 @@ from rqarm import (
     flows,
     listen,
 )
-from rqarm.calls import Attempt
 from rqarm.connect import ServerUnavailable
 from rqarm.errors import RqarmError
+from rqarm.replies import Attempt
 from rqarm.scripts import all_scripts
 
 pytestmark = pytest.mark.faults

@@ -36,12 +36,12 @@ from rqarm import (
     following,
     packing,
 )
-from rqarm.calls import NO_REQUEST, Attempt, Followed, Found
 from rqarm.cli import main
 from rqarm.config import Settings
 from rqarm.errors import EmissionTooLarge, LeaseLost
 from rqarm.flows import RECHECK, Core, Listen, Watch
 from rqarm.model import Key, Priority, Token
+from rqarm.replies import NO_REQUEST, Attempt, Followed, Found
 from rqarm.rqjobs import RqJobs
 from rqarm.worker.emitter import Emitter
 

@@ -16,8 +16,9 @@ from audit import audit
 from drive import ERROR, LIMIT, Rig, server_ms
 
 from rqarm import flows
-from rqarm.calls import Attempt, Call, Found
+from rqarm.calls import Call
 from rqarm.model import Outcome, State
+from rqarm.replies import Attempt, Found
 from rqarm.request import BatchRequest
 
 

@@ -33,8 +33,9 @@ from hypothesis.stateful import (
 )
 
 from rqarm import browse, connect, embedded, flows, inspect
-from rqarm.calls import Attempt, Call, Command, NextUp, Overdue, Ticket
+from rqarm.calls import Call, Command, NextUp, Ticket
 from rqarm.model import FollowUp, Key, Priority, State, Token
+from rqarm.replies import Attempt, Overdue
 from rqarm.request import BatchRequest
 
 EXAMPLES = int(os.environ.get("RQARM_EXPLORE", "0"))

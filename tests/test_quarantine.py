@@ -33,8 +33,8 @@ from rqarm import (
     UnpackableResult,
     packing,
 )
-from rqarm.calls import QuarantineEntry
 from rqarm.model import BLOCKING
+from rqarm.replies import QuarantineEntry
 from rqarm.routes import Route
 
 URI = "/slow"

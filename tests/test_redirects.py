@@ -36,10 +36,10 @@ from rqarm import (
     flows,
     redirects,
 )
-from rqarm.calls import Attempt
 from rqarm.context import Redirected
 from rqarm.errors import LeaseLost, RedirectLoop
 from rqarm.model import Key, Outcome, Priority
+from rqarm.replies import Attempt
 
 APP = Path(__file__).parent / "redirect_app.py"
 LARGE = os.urandom(300_000)

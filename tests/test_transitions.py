@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 
 from rqarm import RequestManager, browse, codec, connect, embedded, flows, followups, packing
 from rqarm import calls as calls_module
-from rqarm.calls import Attempt, Call, Found, Overdue, Ticket
+from rqarm.calls import Call, Ticket
 from rqarm.errors import ForeignData, KeyConflict, LeaseLost, RqarmError
 from rqarm.keys import URI_FIELDS
 from rqarm.model import TRANSITIONS, FollowUp, Key, Outcome, Priority, State, Token
+from rqarm.replies import Attempt, Found, Overdue
 from rqarm.request import BatchRequest
 from rqarm.scripts import all_scripts, script
 

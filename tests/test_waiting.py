@@ -33,10 +33,11 @@ from rqarm import (
     flows,
     listen,
 )
-from rqarm.calls import Batch, Call, Found, Taken
+from rqarm.calls import Batch, Call
 from rqarm.config import Settings
 from rqarm.flows import RECHECK, Core, Emit, Listen, Watch
 from rqarm.model import Key
+from rqarm.replies import Found, Taken
 from rqarm.rqjobs import RqJobs
 
 URI = "/cities/FR"

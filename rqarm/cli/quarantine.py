@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import click
 
-from rqarm.calls import QuarantineEntry
 from rqarm.cli.common import (
     FAILURE,
     NOT_READY,
@@ -26,6 +25,7 @@ from rqarm.cli.common import (
 )
 from rqarm.config import Settings
 from rqarm.model import Reason
+from rqarm.replies import QuarantineEntry
 from rqarm.uri import redact
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -30,7 +30,7 @@ import rq
 from rq.job import Job
 
 from rqarm import flows, followups, packing, redirects, tracing
-from rqarm.calls import Attempt, NextUp
+from rqarm.calls import NextUp
 from rqarm.context import Context, Redirected, RetryLater, SetAside
 from rqarm.errors import (
     ConfigError,
@@ -47,6 +47,7 @@ from rqarm.handlers import MISS, FollowUpMatch, Handlers, Match
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
 from rqarm.quarantine import note_for, reason_for
+from rqarm.replies import Attempt
 from rqarm.request import BatchRequest
 from rqarm.result import Result
 from rqarm.routes import Route

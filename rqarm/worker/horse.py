@@ -30,9 +30,10 @@ from redis.exceptions import RedisError
 from rq.exceptions import NoSuchJobError
 
 from rqarm import flows
-from rqarm.calls import Attempt, Batch, Call, Taken, UnreadableRequest, ms
+from rqarm.calls import Batch, Call, ms
 from rqarm.errors import LeaseLost, RqarmError
 from rqarm.manager import RequestManager
+from rqarm.replies import Attempt, Taken, UnreadableRequest
 from rqarm.shell import Sent
 from rqarm.worker import execution
 from rqarm.worker.board import RESTING, Board

@@ -23,9 +23,10 @@ from redis.exceptions import RedisError
 from rq.timeouts import TimerDeathPenalty
 
 from rqarm import flows
-from rqarm.calls import Attempt, Batch
+from rqarm.calls import Batch
 from rqarm.errors import LeaseLost, RqarmError
 from rqarm.handlers import Match
+from rqarm.replies import Attempt
 from rqarm.worker import execution
 from rqarm.worker.board import Board
 from rqarm.worker.execution import Execution, Flush, Handle, Pause

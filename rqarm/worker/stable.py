@@ -19,12 +19,13 @@ from redis.retry import Retry
 from rq.worker import WorkerStatus
 
 from rqarm import flows, packing
-from rqarm.calls import Attempt, Batch, Taken, UnreadableRequest, ms
+from rqarm.calls import Batch, ms
 from rqarm.errors import LeaseLost, RequestUnknown, RqarmError
 from rqarm.handlers import Match
 from rqarm.manager import RequestManager
 from rqarm.model import State
 from rqarm.quarantine import note_for
+from rqarm.replies import Attempt, Taken, UnreadableRequest
 from rqarm.shell import sibling
 from rqarm.worker import execution
 from rqarm.worker.board import Board, Turn
