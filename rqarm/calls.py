@@ -340,7 +340,7 @@ class Calls:
 
         suspended = self.delivery.suspended if for_rq else ""
         argv = (execution, taker, worker, lease_ms, self.delivery.job_prefix, suspended, *lists)
-        return self._index_call("take", self.keys.named("leases"), argv, parse)
+        return self.index_call("take", self.keys.named("leases"), argv, parse)
 
     def admit(
         self, attempt: Attempt, limit: str, max_running: int, ticket: ParkingTicket, *, delay_ms: int
@@ -565,7 +565,7 @@ class Calls:
         lease_ms = ms(self.settings.lease)
         lists = self.delivery.lists(queue)
         argv = (queue, cursor, STEP, lease_ms, self.delivery.job_prefix, QUARANTINE_KEPT, *lists)
-        return self._index_call("sweep", self.keys.named("leases"), argv, parse)
+        return self.index_call("sweep", self.keys.named("leases"), argv, parse)
 
     def queues(self) -> Command[list[str]]:
         """The queues that were ever used, in no order."""
@@ -620,7 +620,7 @@ class Calls:
             _, total, *found = read_words("browse", reply)
             return Page(int(total), tuple(self._status(Key(text_of(key)), fields) for key, fields in rows(found, 2)))
 
-        return self._index_call("browse", index, (offset, limit), parse)
+        return self.index_call("browse", index, (offset, limit), parse)
 
     def clear(
         self,
@@ -639,7 +639,7 @@ class Calls:
             return int(cleared), int(looked_at), text_of(behind)
 
         argv = ("(+inf" if temporary_only else "+inf", step, route, pattern, age_ms, cursor)
-        return self._index_call("clear", self.keys.named("results"), argv, parse)
+        return self.index_call("clear", self.keys.named("results"), argv, parse)
 
     def stats(self) -> Call[Stats]:
         """The counters and sizes of the namespace."""
@@ -660,7 +660,7 @@ class Calls:
                 pending=read_counts(waiting),
             )
 
-        return self._index_call("stats", self.keys.named("queues"), (), parse)
+        return self.index_call("stats", self.keys.named("queues"), (), parse)
 
     def overview(self) -> Call[Census]:
         """Counters, lines, workers and sizes of the namespace, in one look that only reads."""
@@ -681,7 +681,7 @@ class Calls:
             )
 
         argv = (self.settings.queue, *self.delivery.worker_sets("*"))
-        return self._index_call("overview", self.keys.named("queues"), argv, parse)
+        return self.index_call("overview", self.keys.named("queues"), argv, parse)
 
     def server_info(self) -> Command[dict[str, Any]]:
         """INFO: memory, statistics and errors of the whole server, as redis-py reads them."""
@@ -741,7 +741,8 @@ class Calls:
     def _call(self, verb: str, key: Key, argv: Sequence[Any], parse: Callable[[Any], T]) -> Call[T]:
         return Call(script(verb), (self.keys.status(key),), (self.keys.prefix, key, *argv), parse)
 
-    def _index_call(self, verb: str, index: str, argv: Sequence[Any], parse: Callable[[Any], T]) -> Call[T]:
+    def index_call(self, verb: str, index: str, argv: Sequence[Any], parse: Callable[[Any], T]) -> Call[T]:
+        """A call whose first key is ``index``, by its full name, and whose arguments are only these."""
         return Call(script(verb), (index,), (self.keys.prefix, *argv), parse)
 
 

@@ -6,10 +6,10 @@ table here says which there are, and a test holds the two together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime
 from enum import IntEnum, StrEnum
-from typing import Any, NewType
+from typing import Any, ClassVar, NewType
 
 Key = NewType("Key", str)
 Token = NewType("Token", int)
@@ -118,8 +118,42 @@ TRANSITIONS: dict[str, dict[State, State]] = {
 }
 
 
+class View:
+    """A dataclass that is shown: ``to_dict`` for JSON."""
+
+    __slots__ = ()
+    #: fields that ``to_dict`` leaves out
+    hidden: ClassVar[tuple[str, ...]] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON types: times in ISO 8601, durations in seconds, words as text."""
+        return _plain_fields(self, self.hidden)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, View):
+        return value.to_dict()
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, StrEnum):
+        return str(value)
+    if isinstance(value, IntEnum):
+        return value.name.lower()
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if is_dataclass(value):
+        return _plain_fields(value)
+    return value
+
+
+def _plain_fields(value: Any, hidden: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {each.name: _plain(getattr(value, each.name)) for each in fields(value) if each.name not in hidden}
+
+
 @dataclass(frozen=True, slots=True)
-class BatchStatus:
+class BatchStatus(View):
     """What is known of one request at one moment.
 
     Times are aware datetimes in UTC from the server's clock. ``position``: 1 = next to start, 0 = in progress, None =
@@ -151,19 +185,9 @@ class BatchStatus:
     reason: str = ""
     redirect: Key | None = None
     value: Any = field(default=None, repr=False, compare=False)
+    hidden: ClassVar[tuple[str, ...]] = ("value",)
 
     @property
     def is_blocked(self) -> bool:
         """Set aside so that a submit does not run it again: somebody must decide."""
         return self.quarantined and self.reason in BLOCKING
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON types: times in ISO 8601, words as strings, no value."""
-        names = [name for name in self.__slots__ if name != "value"]
-        return {name: _plain(getattr(self, name)) for name in names}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return str(value) if isinstance(value, StrEnum) else value

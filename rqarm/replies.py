@@ -330,9 +330,9 @@ def read_status(key: Key, packed: bytes, outcome: Outcome | None = None, value: 
         outcome=outcome,
         uri=text_of(joined([field[name] for name in URI_FIELDS])).split("\n", 2)[-1],
         sticky=field["sticky"] == b"1",
-        submitted=_time(field["submitted_ms"]),
-        started=_time(field["started_ms"]),
-        ended=_time(field["ended_ms"]),
+        submitted=moment(field["submitted_ms"]),
+        started=moment(field["started_ms"]),
+        ended=moment(field["ended_ms"]),
         estimated_time=est_ms / 1000 if est_ms else None,
         progress=fraction,
         progress_message=message,
@@ -404,8 +404,11 @@ def _reason(word: bytes | None) -> str:
     return str(Reason.POISON) if text == "1" else text
 
 
-def _time(text: bytes | None) -> datetime | None:
-    return datetime.fromtimestamp(int(text) / 1000, UTC) if text else None
+def moment(unix_ms: Any) -> datetime | None:
+    """A time in Unix ms; None for none, and for the server's -1 and -2."""
+    if not unix_ms or int(unix_ms) < 0:
+        return None
+    return datetime.fromtimestamp(int(unix_ms) / 1000, UTC)
 
 
 def read_stored(key: Key, values: list[bytes | None]) -> Stored | None:
@@ -491,9 +494,9 @@ def read_entry(key: Key, values: list[bytes | None]) -> QuarantineEntry | State:
         retries=int(field["retries"] or 0),
         kwargs={**note.get("kwargs", {}), **read_mapping(field["kwargs"])},
         info=note.get("info", {}),
-        submitted=_time(field["submitted_ms"]),
-        started=_time(field["started_ms"]),
-        when=_time(field["ended_ms"]),
+        submitted=moment(field["submitted_ms"]),
+        started=moment(field["started_ms"]),
+        when=moment(field["ended_ms"]),
         worker=text_of(field["worker"] or b""),
         job_id=text_of(field["job_id"] or b""),
     )

@@ -288,7 +288,7 @@ MUTANTS = [
     ),
     Mutant(
         "search-tells-secrets",
-        "browse.py",
+        "browse/search.py",
         "shown = redact(entry.uri, core.settings.secret_params).lower()",
         "shown = entry.uri.lower()",
     ),

@@ -22,8 +22,9 @@ from drive import ERROR, LEASE_MS, STATES, STORED_STATE, Rig, Seeded, Snapshot, 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rqarm import RequestManager, browse, codec, connect, embedded, flows, followups, packing
+from rqarm import RequestManager, codec, connect, embedded, flows, followups, packing
 from rqarm import calls as calls_module
+from rqarm.browse import cached, claims, detail, search
 from rqarm.calls import Call, Ticket
 from rqarm.errors import ForeignData, KeyConflict, LeaseLost, RqarmError
 from rqarm.keys import URI_FIELDS
@@ -441,7 +442,7 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
         case "sweep", _:
             return rig.calls.sweep("arm")
         case "clear", _:
-            named, pattern = browse.on_route("/slow" if variant == "route" else "")
+            named, pattern = search.on_route("/slow" if variant == "route" else "")
             age_ms = 3_600_000 if variant == "old" else 0
             return rig.calls.clear(temporary_only=variant == "temporary", route=named, pattern=pattern, age_ms=age_ms)
         case "stats", _:
@@ -449,17 +450,17 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
         case "overview", _:
             return rig.calls.overview()
         case "search", _:
-            return browse.search_call(rig.core, browse.PLACES[""])
+            return search.search_call(rig.core, search.PLACES[""])
         case "claims", _:
-            return browse.claims_call(rig.core)
+            return claims.claims_call(rig.core)
         case "inspect", _:
-            return browse.inspect_call(rig.core, key)
+            return detail.inspect_call(rig.core, key)
         case "survey", _:
-            return browse.survey_call(rig.core, 100)
+            return cached.survey_call(rig.core, 100)
         case "retain", _:
-            return browse.retain_call(rig.core, key, None)
+            return cached.retain_call(rig.core, key, None)
         case "invalidate", _:
-            return browse.invalidate_call(rig.core, "red")
+            return cached.invalidate_call(rig.core, "red")
     simple: dict[str, Call[Any]] = {"cancel": rig.calls.cancel(key), "forget": rig.calls.forget(key)}
     return simple[verb]
 
@@ -1681,7 +1682,7 @@ def test_a_run_time_is_learned_for_the_next_of_its_family(rig: Rig) -> None:
 
 def test_clear_temporary_leaves_sticky_results_and_what_is_in_flight(rig: Rig) -> None:
     seeded = {state: rig.seed(state, f"/{state}") for state in ("completed", "sticky", "mine", "failed")}
-    assert rig.run(browse.clear(rig.core, None, None, temporary_only=True)) == 1
+    assert rig.run(cached.clear(rig.core, None, None, temporary_only=True)) == 1
     states = {state: rig.state(each.key) for state, each in seeded.items()}
     assert states == {
         "completed": State.UNKNOWN,
@@ -1690,7 +1691,7 @@ def test_clear_temporary_leaves_sticky_results_and_what_is_in_flight(rig: Rig) -
         "failed": State.FAILED,
     }
     audit(rig.client, rig.keys)
-    assert rig.run(browse.clear(rig.core, None, None, temporary_only=False)) == 1
+    assert rig.run(cached.clear(rig.core, None, None, temporary_only=False)) == 1
     assert rig.client.zcard(rig.named("results")) == 0
     audit(rig.client, rig.keys)
 
@@ -1698,7 +1699,7 @@ def test_clear_temporary_leaves_sticky_results_and_what_is_in_flight(rig: Rig) -
 def test_clear_works_through_more_than_one_step(rig: Rig) -> None:
     for n in range(230):
         rig.reply(rig.put(BatchRequest(f"/{n}"), f"owner{n}"))
-    assert rig.run(browse.clear(rig.core, None, None, temporary_only=False)) == 230
+    assert rig.run(cached.clear(rig.core, None, None, temporary_only=False)) == 230
     audit(rig.client, rig.keys)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import click
 
-from rqarm.browse import QUARANTINED, RequestDetail
+from rqarm.browse.detail import RequestDetail
+from rqarm.browse.search import QUARANTINED
 from rqarm.cli.common import (
     FAILURE,
     Target,

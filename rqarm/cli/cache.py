@@ -8,7 +8,7 @@ import sys
 import click
 
 from rqarm import metrics
-from rqarm.browse import Range
+from rqarm.browse.cached import Range
 from rqarm.cli.common import (
     FAILURE,
     Target,
