@@ -6,9 +6,11 @@ table here says which there are, and a test holds the two together.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime
 from enum import IntEnum, StrEnum
+from pathlib import PurePath
 from typing import Any, ClassVar, NewType
 
 Key = NewType("Key", str)
@@ -119,37 +121,35 @@ TRANSITIONS: dict[str, dict[State, State]] = {
 
 
 class View:
-    """A dataclass that is shown: ``to_dict`` for JSON."""
+    """A dataclass that people and programs are shown."""
 
     __slots__ = ()
-    #: fields that ``to_dict`` leaves out
+    #: fields and properties that ``to_dict`` leaves out
     hidden: ClassVar[tuple[str, ...]] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON types: times in ISO 8601, durations in seconds, words as text."""
-        return _plain_fields(self, self.hidden)
+        """The same as plain JSON types, with what is computed. Times are in ISO 8601, durations in seconds."""
+        document: dict[str, Any] = _plain(self)
+        return document
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, View):
-        return value.to_dict()
+    if is_dataclass(value):
+        computed = [name for name, member in vars(type(value)).items() if isinstance(member, property)]
+        hidden = value.hidden if isinstance(value, View) else ()
+        names = [*(each.name for each in fields(value)), *computed]
+        return {name: _plain(getattr(value, name)) for name in names if name not in hidden}
     if isinstance(value, datetime):
         return value.isoformat()
-    if isinstance(value, StrEnum):
+    if isinstance(value, StrEnum | PurePath):
         return str(value)
     if isinstance(value, IntEnum):
         return value.name.lower()
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(name): _plain(each) for name, each in value.items()}
-    if is_dataclass(value):
-        return _plain_fields(value)
     return value
-
-
-def _plain_fields(value: Any, hidden: tuple[str, ...] = ()) -> dict[str, Any]:
-    return {each.name: _plain(getattr(value, each.name)) for each in fields(value) if each.name not in hidden}
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,7 @@ class BatchStatus(View):
     reason: str = ""
     redirect: Key | None = None
     value: Any = field(default=None, repr=False, compare=False)
-    hidden: ClassVar[tuple[str, ...]] = ("value",)
+    hidden: ClassVar[tuple[str, ...]] = ("value", "is_blocked")
 
     @property
     def is_blocked(self) -> bool:

@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from rqarm import codec, packing
 from rqarm.codec import Envelope, unpack_envelope
 from rqarm.errors import CorruptResult, ForeignData, InvalidRequest, LeaseLost, RqarmError, VersionSkew
 from rqarm.keys import RECORD_FIELDS, URI_FIELDS
-from rqarm.model import BatchStatus, Key, Outcome, Priority, Reason, State, Token
+from rqarm.model import BatchStatus, Key, Outcome, Priority, Reason, State, Token, View
 from rqarm.request import BatchRequest
 from rqarm.request import unpack as unpack_request
 from rqarm.scripts import all_scripts
@@ -155,7 +155,7 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
-class QuarantineEntry:
+class QuarantineEntry(View):
     """A request that was set aside, and why.
 
     ``exception``: the full name of its type; ``message`` and ``traceback`` go with it. ``kwargs``: what the handler was
@@ -187,18 +187,11 @@ class QuarantineEntry:
     worker: str
     job_id: str
     payloads: list[Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same without the request: times in ISO 8601; ``kwargs``, ``info`` and ``payloads`` as they are."""
-        named = {name: getattr(self, name) for name in self.__slots__ if name != "request"}
-        named["key"], named["priority"] = str(self.key), self.priority.name.lower()
-        for name in ("submitted", "started", "when"):
-            named[name] = named[name].isoformat() if named[name] is not None else None
-        return named
+    hidden: ClassVar[tuple[str, ...]] = ("request",)
 
 
 @dataclass(frozen=True, slots=True)
-class Stats:
+class Stats(View):
     """Counters since the namespace began, and sizes now. ``bytes``: stored results, compressed as they lie."""
 
     submissions: dict[str, int]
@@ -210,9 +203,6 @@ class Stats:
     in_progress: int
     quarantined: int
     pending: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, ClassVar
-from urllib.parse import quote
 
 from rqarm import packing
 from rqarm.browse.claims import LimitUse, limit_use
@@ -19,7 +18,7 @@ from rqarm.model import BatchStatus, Key, Priority, State, Token, View
 from rqarm.replies import joined, moment, read_events, read_mapping, read_status, read_words, rows, text_of
 from rqarm.request import BatchRequest
 from rqarm.request import unpack as unpack_request
-from rqarm.uri import Step, canonicalize, check_key, redact
+from rqarm.uri import Step, canonicalize, check_key, is_secret, redact
 
 #: events that are looked at behind each time of a record, and payloads that are listed
 WINDOW, PAYLOADS = 200, 100
@@ -103,7 +102,9 @@ class RequestDetail(View):
         def part(text: str) -> str:
             return hide(text) if "?" in text else hide(f"?{text}")[1:]
 
-        params = [[name, _hidden(name, value, secret_params)] for name, value in self.options.get("params", ())]
+        params = [
+            [name, "***" if is_secret(name, secret_params) else value] for name, value in self.options.get("params", ())
+        ]
         return replace(
             self,
             status=replace(self.status, uri=hide(self.status.uri)),
@@ -114,12 +115,6 @@ class RequestDetail(View):
             options={**self.options, "params": params} if params else self.options,
             record={name: value for name, value in self.record.items() if name not in URI_FIELDS},
         )
-
-
-def _hidden(name: str, value: str | None, secret_params: Sequence[str]) -> str | None:
-    """The value of a parameter, unless ``redact`` hides it in a query."""
-    query = f"?{quote(name, safe='')}=x"
-    return value if redact(query, secret_params) == query else "***"
 
 
 def inspect(core: Core, key: str, *, values: bool = False) -> Flow[RequestDetail]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import click
 
 from rqarm.browse.detail import RequestDetail
-from rqarm.browse.search import QUARANTINED
+from rqarm.browse.search import LONGEST_PAGE, QUARANTINED
 from rqarm.cli.common import (
     FAILURE,
     Target,
@@ -22,6 +22,7 @@ from rqarm.cli.common import (
     print_pairs,
     print_table,
     shown_uri,
+    shown_with_status,
     since,
     size,
 )
@@ -32,6 +33,10 @@ from rqarm.model import Key, State
 
 STATES = [*(str(state) for state in State if state is not State.UNKNOWN), QUARANTINED]
 
+page_limit = click.option(
+    "--limit", type=click.IntRange(1, LONGEST_PAGE), default=50, show_default=True, help="So many at the most."
+)
+
 
 @click.command()
 @on_server
@@ -40,7 +45,7 @@ STATES = [*(str(state) for state in State if state is not State.UNKNOWN), QUARAN
 @click.option("--route", metavar="ROUTE", help="Of an operation, or a path as it begins: /cities or host/v1/{table}.")
 @click.option("--tag", metavar="TAG", help="With this tag only.")
 @queue_option
-@click.option("--limit", type=click.IntRange(1, 500), default=50, show_default=True, help="So many at the most.")
+@page_limit
 @click.option("--cursor", default="", metavar="CURSOR", help="Go on where a search before ended.")
 @as_json
 def search(target: Target, text: str, cursor: str, limit: int, is_json: bool, **filters: str | None) -> None:
@@ -141,14 +146,14 @@ def _pairs(detail: RequestDetail, settings: Settings) -> Iterator[tuple[str, obj
 
 @click.command()
 @on_server
-@click.option("--limit", type=click.IntRange(1, 500), default=50, show_default=True, help="So many at the most.")
+@page_limit
 @as_json
 def claims(target: Target, limit: int, is_json: bool) -> None:
     """List what runs: holder, lease, last sign of life."""
     with target.manager() as rm:
         page = rm.claims(limit=limit)
         if is_json:
-            shown = [{**claim.to_dict(), "status": document_of(claim.status, rm.settings)} for claim in page.entries]
+            shown = [shown_with_status(claim, rm.settings) for claim in page.entries]
             print_json({**page.to_dict(), "entries": shown})
             return
         rows = [

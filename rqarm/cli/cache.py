@@ -14,15 +14,16 @@ from rqarm.cli.common import (
     Target,
     as_json,
     complain,
-    document_of,
     duration,
     is_terminal,
     key_of,
+    limit_option,
     on_server,
     print_json,
     print_pairs,
     print_table,
     shown_uri,
+    shown_with_status,
     size,
 )
 from rqarm.cli.requests import each_key, keys_argument, print_statuses
@@ -35,7 +36,7 @@ def cache() -> None:
 
 @cache.command("ls")
 @on_server
-@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="So many at the most.")
+@limit_option
 @as_json
 def list_cached(target: Target, limit: int, is_json: bool) -> None:
     """List the cached results, soonest to expire first, sticky ones last."""
@@ -149,7 +150,7 @@ def overview(target: Target, sample: int, is_json: bool) -> None:
     """Say what fills the cache: times to live, ages, routes, the largest."""
     with target.manager() as rm:
         seen = rm.cache.overview(sample=sample)
-        largest = [{**entry.to_dict(), "status": document_of(entry.status, rm.settings)} for entry in seen.largest]
+        largest = [shown_with_status(entry, rm.settings) for entry in seen.largest]
         rows = [(size(entry.size), entry.status.key, shown_uri(entry.status, rm.settings)) for entry in seen.largest]
     if is_json:
         print_json({**seen.to_dict(), "largest": largest})

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import click
 import redis
 
+from rqarm.browse.claims import Claim
+from rqarm.browse.search import CacheEntry
 from rqarm.config import Settings
 from rqarm.embedded import EmbeddedError
 from rqarm.errors import ConfigError, InvalidRequest, ResultNotReady, RqarmError
@@ -92,6 +94,9 @@ def on_server(command: F) -> F:
 
 
 as_json = click.option("--json", "is_json", is_flag=True, help="Print one JSON document.")
+limit_option = click.option(
+    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="So many at the most."
+)
 
 
 def key_of(text: str, settings: Settings) -> Key:
@@ -238,6 +243,11 @@ def shown_uri(status: BatchStatus, settings: Settings) -> str:
 def document_of(status: BatchStatus, settings: Settings) -> dict[str, Any]:
     """The status for ``--json``, without secret parameters."""
     return {**status.to_dict(), "uri": shown_uri(status, settings)}
+
+
+def shown_with_status(view: CacheEntry | Claim, settings: Settings) -> dict[str, Any]:
+    """What stands beside a status, and the status for ``--json``."""
+    return {**view.to_dict(), "status": document_of(view.status, settings)}
 
 
 def since(moment: datetime.datetime | None) -> str:

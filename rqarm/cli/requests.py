@@ -25,6 +25,7 @@ from rqarm.cli.common import (
     exit_code_of,
     is_terminal,
     key_of,
+    limit_option,
     on_server,
     plain,
     print_json,
@@ -265,7 +266,7 @@ def _print_status(status: BatchStatus, settings: Settings) -> None:
 @on_server
 @click.option("-q", "--queue", metavar="QUEUE", help="Of this queue only.")
 @click.option("--state", type=click.Choice(["pending", "in_progress", "quarantined", "cached"]), help="One state only.")
-@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="So many at the most.")
+@limit_option
 @as_json
 def ls(target: Target, queue: str | None, state: str | None, limit: int, is_json: bool) -> None:
     """List requests: what waits and runs, or one state.
