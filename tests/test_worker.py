@@ -25,7 +25,7 @@ from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
-from servers import eventually
+from servers import connections, eventually
 from workers import CLASSES, LEASE, TESTS, Crew, burst, crew, is_alive, timed
 
 from rqarm import (
@@ -415,6 +415,14 @@ def test_a_refused_transition_of_the_parent_is_sent_again(
     assert (left, status.state, status.attempts) == ([], State.PENDING, 1)
     assert status.error is not None
     assert "exited with code 7" in status.error["message"]
+
+
+def test_a_worker_that_ends_gives_its_connections_back(rm: RequestManager, url: str, redis_client: redis.Redis) -> None:
+    key = rm.submit("/die").key
+    before = connections(redis_client)
+    work(url)
+    assert rm.status(key).attempts == 1
+    eventually(lambda: connections(redis_client) <= before)
 
 
 def test_a_job_that_rq_cannot_note_goes_back_to_its_queue(rm: RequestManager, url: str) -> None:

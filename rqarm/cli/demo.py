@@ -169,13 +169,12 @@ def server(stack: contextlib.ExitStack, url: str | None) -> tuple[str, bool]:
 def end_server(url: str) -> None:
     """Stop the embedded server, unless somebody else has come to use it in the meantime."""
     with connect.open_client(url) as client:
-        for _ in range(20):
-            if len(client.client_list()) == 1:
-                break
+        deadline = time.monotonic() + GRACE_S
+        while len(client.client_list()) > 1:
+            if time.monotonic() > deadline:
+                click.echo("the embedded server keeps running, others use it: rqarm server stop")
+                return
             time.sleep(0.1)  # the connections of processes that have just ended
-        else:
-            click.echo("the embedded server keeps running, others use it: rqarm server stop")
-            return
     embedded.stop()
 
 

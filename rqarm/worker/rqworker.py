@@ -347,7 +347,7 @@ class Worker(rq.Worker):
     def teardown(self) -> None:
         self._is_over = True
         if not self.is_horse:
-            self._stable.retire()
+            self._stable.close()
         super().teardown()  # type: ignore[no-untyped-call]
 
     def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:

@@ -283,6 +283,20 @@ class Stable:
         wait([horse.line if horse.file is None else horse.file], RETIREMENT)
         self._bury(horse)
 
+    def close(self) -> None:
+        """The worker ends: no horse, and nothing of the parent's own stays open."""
+        self.retire()
+        if self._manager is not None:
+            client = self._manager.connection
+            self._manager.close()
+            client.close()
+            client.connection_pool.disconnect()
+            self._manager = None
+        if self._bell >= 0:
+            os.close(self._ear)
+            os.close(self._bell)
+            self._ear = self._bell = -1
+
     # -- watching
 
     def _watch(self, horse: _Animal) -> None:
