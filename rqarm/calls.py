@@ -1,7 +1,8 @@
-"""What to say to Redis, and what its answer means.
+"""What to say to Redis.
 
-No I/O here: a function returns a Call, the managers run it. Keys come from rqarm.keys, reply words from the header of
-the script of the same name. Everything in milliseconds is named so; callers speak seconds.
+No I/O here: a function returns a Call, the managers run it. Keys come from rqarm.keys, what answers become is in
+rqarm.replies. Everything in milliseconds is named so; callers speak seconds. A call that only one view of an operator
+needs stands with it in rqarm.browse.
 """
 
 from __future__ import annotations

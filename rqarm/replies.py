@@ -1,4 +1,7 @@
-"""What Redis answers: the values that the calls give, and how they are read from what the scripts return."""
+"""What Redis answers: the values that the calls give, and how they are read from what the scripts return.
+
+Words come from the header of the script; one that is not there is from another version, and raises VersionSkew.
+"""
 
 from __future__ import annotations
 

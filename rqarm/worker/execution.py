@@ -1,8 +1,8 @@
 """One execution, from ticket to end, whoever runs it.
 
 ``Execution`` is a flow: it matches, has the handler called, and ends the attempt in exactly one way: finished,
-retried, failed, or given up because it is no longer ours. Who drives it calls the handler and keeps its time.
-``perform`` is what an RQ job of ours runs under any RQ worker; the warm horse of rqarm.Worker has drivers of its own.
+retried, failed, or given up because it is no longer ours. Who drives it calls the handler and keeps its time:
+``Drive`` here, for ``perform`` and the horse; the lanes of rqarm.worker.lanes have drivers of their own.
 
 The record is the truth; RQ hears of a failure only so that its own tools show it.
 """
@@ -10,24 +10,18 @@ The record is the truth; RQ hears of a failure only so that its own tools show i
 from __future__ import annotations
 
 import asyncio
-import atexit
 import inspect
 import logging
 import os
 import random
-import socket
-import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
 import redis
-import rq
-from rq.job import Job
 
 from rqarm import flows, followups, packing, redirects, tracing
 from rqarm.calls import NextUp
@@ -45,13 +39,11 @@ from rqarm.errors import (
 from rqarm.flows import Core
 from rqarm.handlers import MISS, FollowUpMatch, Handlers, Match
 from rqarm.manager import RequestManager
-from rqarm.model import Key, State
 from rqarm.quarantine import note_for, reason_for
 from rqarm.replies import Attempt
 from rqarm.request import BatchRequest
 from rqarm.result import Result
 from rqarm.routes import Route
-from rqarm.rqjobs import key_of
 from rqarm.shell import Shell
 from rqarm.worker.emitter import Emitter
 from rqarm.worker.limits import ALARM_DELAY, Alarm, Interruptible, await_in_time, in_time, time_limit
@@ -165,63 +157,6 @@ def manager_for(namespace: str, connection: redis.Redis) -> RequestManager:
     return manager
 
 
-def perform(namespace: str, key: str = "") -> None:
-    """Run the request of the current RQ job. This is the function of our RQ jobs; it returns nothing to RQ.
-
-    ``key``: given by jobs of an earlier form; else it stands in the job's id.
-
-    Raises what the handler raised when the request has failed for good, so that RQ's failed registry shows it.
-    """
-    job = rq.get_current_job()
-    if job is None:
-        raise RqarmError("rqarm.worker.perform is run by an RQ worker; to run a request yourself, use rm.queues")
-    key = key or key_of(job.id)
-    manager = manager_for(namespace, job.connection)
-    worker = worker_name(job)
-    attempt = manager.shell.run(flows.start(manager.core, Key(key), job.id, worker))
-    if isinstance(attempt, State):
-        log.info("%s: superseded, the request is %s", key, attempt)
-        return
-    execution = Execution(manager.core, attempt, worker, Hold())
-    try:
-        with _renewing(manager, execution):
-            Drive(execution, manager.shell).run(manager.shell.execute)
-    finally:
-        _sweep_now_and_then(manager)
-        known = this_process().handlers
-        if tracing.is_on() or (known is not None and known.resources.are_built):
-            _close_with_the_process(job)
-
-
-def _close_with_the_process(job: Job) -> None:
-    """RQ's Worker forks a process for each job and ends it with os._exit; its SimpleWorker runs all in its own."""
-    process = this_process()
-    try:
-        name = f"{rq.Worker.redis_worker_namespace_prefix}{job.worker_name}"
-        pid = job.connection.hget(name, "pid")
-    except redis.exceptions.RedisError as error:
-        log.warning("resources are not torn down, the worker's record was not read: %s", error)
-        return
-    if pid is not None and int(pid) != os.getpid():
-        close_resources()
-    elif not process.closes_at_exit:
-        process.closes_at_exit = True
-        atexit.register(close_resources)
-
-
-def worker_name(job: Job) -> str:
-    return str(job.worker_name or f"{socket.gethostname()}.{os.getpid()}")
-
-
-def _sweep_now_and_then(manager: RequestManager) -> None:
-    """A plain RQ worker has no maintenance of ours: whoever has just run a job looks for the dead, if nobody has."""
-    try:
-        manager.shell.run(flows.sweep_if_due(manager.core))
-        attend(manager)
-    except (redis.exceptions.RedisError, RqarmError) as error:
-        log.warning("the sweep did not run: %s", error)
-
-
 def on_failure(core: Core, attempt: Attempt, *, is_set_aside: bool) -> tuple[NextUp, ...]:
     """Who is to be told when the attempt fails for good."""
     try:
@@ -234,36 +169,6 @@ def attend(manager: RequestManager) -> None:
     """See to failures of which nobody has been told. Raises RedisError, RqarmError."""
     if made := manager.shell.run(followups.attend(manager.core, handlers())):
         log.info("%d follow-ups of requests whose processes had died were queued", made)
-
-
-@contextmanager
-def _renewing(manager: RequestManager, execution: Execution) -> Iterator[None]:
-    """Keep the lease from a thread: there is no parent that does."""
-    done = threading.Event()
-    thread = threading.Thread(target=_renew, args=(manager, execution, done), name="rqarm-renew", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _renew(manager: RequestManager, execution: Execution, done: threading.Event) -> None:
-    settings = manager.core.settings
-    good = time.monotonic()
-    while not done.wait(settings.renewal_or_default):
-        sent = time.monotonic()
-        try:
-            manager.shell.run(flows.renew(manager.core, execution.attempt))
-            good = sent
-        except LeaseLost:
-            execution.hold.lose()
-            return
-        except redis.exceptions.RedisError as error:
-            log.warning("%s: the lease was not renewed: %s", execution.attempt.key, error)
-            if time.monotonic() - good > settings.lease * 2 / 3:
-                execution.hold.lose()
 
 
 class Hold:
