@@ -14,22 +14,23 @@ from rqarm.cli.common import (
     as_json,
     complain,
     document_of,
-    duration,
+    each_key,
     key_of,
+    keys_argument,
     on_server,
-    plain,
     print_json,
     print_pairs,
+    print_statuses,
     print_table,
+    queue_option,
     shown_uri,
     shown_with_status,
     since,
-    size,
 )
-from rqarm.cli.requests import each_key, keys_argument, print_statuses, queue_option
 from rqarm.config import Settings
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
+from rqarm.text import duration, plain, size
 
 STATES = [*(str(state) for state in State if state is not State.UNKNOWN), QUARANTINED]
 

@@ -14,19 +14,20 @@ from rqarm.cli.common import (
     Target,
     as_json,
     complain,
-    duration,
+    each_key,
     is_terminal,
     key_of,
+    keys_argument,
     limit_option,
     on_server,
     print_json,
     print_pairs,
+    print_statuses,
     print_table,
     shown_uri,
     shown_with_status,
-    size,
 )
-from rqarm.cli.requests import each_key, keys_argument, print_statuses
+from rqarm.text import duration, size
 
 
 @click.group()

@@ -32,7 +32,7 @@ from urllib.parse import urlencode
 import click
 
 from rqarm import connect, embedded
-from rqarm.cli.common import FAILURE, Target, complain, duration, is_terminal, json_text, plain, print_table, size
+from rqarm.cli.common import FAILURE, Target, complain, is_terminal, json_text, print_table
 from rqarm.cli.waiting import Line
 from rqarm.config import Settings
 from rqarm.errors import RqarmError
@@ -42,6 +42,7 @@ from rqarm.model import BatchStatus, Key, State
 from rqarm.request import BatchRequest
 from rqarm.result import Result
 from rqarm.rqjobs import queue_names
+from rqarm.text import duration, plain, size
 from rqarm.worker import Worker
 
 #: namespace and queue of the demo

@@ -6,23 +6,13 @@ import sys
 
 import click
 
-from rqarm.cli.common import (
-    Target,
-    as_json,
-    complain,
-    exit_code,
-    is_terminal,
-    json_text,
-    key_of,
-    on_server,
-    plain,
-    tell,
-)
+from rqarm.cli.common import Target, as_json, complain, exit_code, is_terminal, json_text, key_of, on_server, tell
 from rqarm.cli.values import write_value
 from rqarm.cli.waiting import Line, bar, going_on
 from rqarm.following import FollowEvent, FollowKind
 from rqarm.manager import RequestManager
 from rqarm.result import Result
+from rqarm.text import plain
 
 
 @click.command()

@@ -18,7 +18,6 @@ from rqarm.cli.common import (
     key_of,
     limit_option,
     on_server,
-    plain,
     print_json,
     print_pairs,
     print_table,
@@ -27,6 +26,7 @@ from rqarm.cli.common import (
 from rqarm.config import Settings
 from rqarm.model import Reason
 from rqarm.replies import QuarantineEntry
+from rqarm.text import plain
 from rqarm.uri import is_secret, redact
 
 F = TypeVar("F", bound=Callable[..., Any])

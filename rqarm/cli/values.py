@@ -14,9 +14,10 @@ from typing import IO, Any, cast
 import click
 
 from rqarm import codec, packing
-from rqarm.cli.common import complain, is_terminal, json_text, plain, size
+from rqarm.cli.common import complain, is_terminal, json_text
 from rqarm.manager import RequestManager
 from rqarm.result import Result
+from rqarm.text import plain, size
 
 #: bytes read and written at a time
 PIECE = 1 << 20
