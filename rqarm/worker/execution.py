@@ -107,6 +107,20 @@ def this_process() -> _Process:
     return _process
 
 
+@contextmanager
+def serving(handlers: Handlers) -> Iterator[None]:
+    """Run requests with these handlers until the block ends; then their resources and their loop are gone."""
+    global _process
+    before, _process = this_process(), _Process(os.getpid(), handlers, {})
+    try:
+        yield
+    finally:
+        close_resources()
+        if _process.runner is not None:
+            _process.runner.close()
+        _process = before
+
+
 def handlers() -> Handlers:
     """The handlers of this process, loaded at the first call. Raises ConfigError."""
     process = this_process()
