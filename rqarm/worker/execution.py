@@ -16,6 +16,7 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -97,6 +98,20 @@ def this_process() -> _Process:
         # a fork: handlers and managers are inherited (clients open connections of their own), event loops are not
         _process = _Process(os.getpid(), _process.handlers, _process.managers)
     return _process
+
+
+@contextmanager
+def serving(handlers: Handlers) -> Iterator[None]:
+    """Run requests with these handlers until the block ends; then their resources and their loop are gone."""
+    global _process
+    before, _process = this_process(), _Process(os.getpid(), handlers, {})
+    try:
+        yield
+    finally:
+        close_resources()
+        if _process.runner is not None:
+            _process.runner.close()
+        _process = before
 
 
 def handlers() -> Handlers:
