@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import managers
@@ -11,6 +11,7 @@ import pytest
 import redis
 import servers
 from bench import Bench
+from drive import Rig
 
 from rqarm import connect, embedded
 from rqarm.worker import execution
@@ -44,6 +45,19 @@ def redis_client(server: embedded.PrivateServer) -> Iterator[redis.Redis]:
     with connect.open_client(server.url) as client:
         client.flushall()
         yield client
+
+
+@pytest.fixture
+def rig(redis_client: redis.Redis) -> Rig:
+    """The default namespace on the emptied server, with every id in the hand of the test."""
+    return Rig(redis_client)
+
+
+@pytest.fixture
+def full(rig: Rig) -> Iterator[Callable[[], None]]:
+    """Call it, and memory is out."""
+    yield lambda: bool(rig.client.config_set("maxmemory", 1))
+    rig.client.config_set("maxmemory", 0)
 
 
 @pytest.fixture

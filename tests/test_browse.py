@@ -9,7 +9,6 @@ from typing import Any
 
 import managers
 import pytest
-import redis
 from audit import audit
 from drive import Rig, server_ms
 from servers import eventually
@@ -36,12 +35,6 @@ def walked(rm: Any, **filters: Any) -> list[Any]:
         pages.append(rm.search(**filters, cursor=pages[-1].cursor))
         assert len(pages) < 200, "a walk ends"
     return pages
-
-
-@pytest.fixture
-def rig(redis_client: redis.Redis) -> Rig:
-    """The same server and namespace as ``rm``, with the ids in the hand of the test."""
-    return Rig(redis_client)
 
 
 @pytest.fixture

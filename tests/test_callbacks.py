@@ -181,11 +181,6 @@ def test_the_holder_of_a_lease_gets_the_payloads_of_all_who_joined(redis_client:
 # -- the scripts
 
 
-@pytest.fixture
-def rig(redis_client: redis.Redis) -> Rig:
-    return Rig(redis_client)
-
-
 def payloads_of(rig: Rig, key: str) -> dict[bytes, bytes]:
     found: dict[bytes, bytes] = rig.client.hgetall(rig.named("callbacks", key=key))
     return found

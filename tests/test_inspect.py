@@ -24,11 +24,6 @@ URI = "/cities/FR"
 SETTLED = 100
 
 
-@pytest.fixture
-def rig(redis_client: redis.Redis) -> Rig:
-    return Rig(redis_client)
-
-
 def look(rig: Rig) -> Overview:
     return rig.run(inspect.overview(rig.core))
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import redis
 from audit import audit
 from drive import ERROR, LIMIT, Rig, server_ms
 
@@ -20,11 +19,6 @@ from rqarm.calls import Call
 from rqarm.model import Outcome, State
 from rqarm.replies import Attempt, Found
 from rqarm.request import BatchRequest
-
-
-@pytest.fixture
-def rig(redis_client: redis.Redis) -> Rig:
-    return Rig(redis_client)
 
 
 def submit(rig: Rig, *uris: str, **options: Any) -> None:
