@@ -29,7 +29,8 @@ from rqarm.model import Key, State
 from rqarm.replies import Attempt, Taken
 from rqarm.request import BatchRequest, as_request
 from rqarm.resources import Resources
-from rqarm.worker.execution import Drive, Execution, Hold, serving
+from rqarm.worker.equipment import serving
+from rqarm.worker.execution import Drive, Execution, Hold
 
 #: under which drain works
 WORKER = "rqarm.testing"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,8 @@ from bench import Bench
 from drive import Rig
 
 from rqarm import connect, embedded
-from rqarm.worker import execution
+from rqarm.worker import equipment
+from rqarm.worker.equipment import Equipment
 
 
 @pytest.fixture(scope="session", params=["valkey", "redis"])
@@ -63,7 +63,7 @@ def full(rig: Rig) -> Iterator[Callable[[], None]]:
 @pytest.fixture
 def bench(redis_client: redis.Redis, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """Handlers, a manager, and a worker of RQ's own in this process."""
-    monkeypatch.setattr(execution, "_process", execution._Process(os.getpid(), None, {}))
+    monkeypatch.setattr(equipment, "_equipment", Equipment())
     made = Bench(url, monkeypatch)
     yield made
     made.close()

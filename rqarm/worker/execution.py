@@ -12,11 +12,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -38,7 +36,7 @@ from rqarm.errors import (
     UnpackableResult,
 )
 from rqarm.flows import Core
-from rqarm.handlers import MISS, FollowUpMatch, Handlers, Match
+from rqarm.handlers import MISS, FollowUpMatch, Match
 from rqarm.manager import RequestManager
 from rqarm.quarantine import note_for, reason_for
 from rqarm.replies import Attempt
@@ -46,9 +44,9 @@ from rqarm.request import BatchRequest
 from rqarm.result import Result
 from rqarm.routes import Route
 from rqarm.shell import Shell
+from rqarm.worker import equipment
 from rqarm.worker.emitter import Emitter
 from rqarm.worker.limits import ALARM_DELAY, Alarm, Interruptible, await_in_time, in_time, time_limit
-from rqarm.worker.loading import load_handlers
 from rqarm.worker.patience import pause_after
 from rqarm.worker.traced import traced
 
@@ -70,119 +68,17 @@ HOPELESS = (
 PATIENCE = 1.0
 
 
-@dataclass(slots=True)
-class _Process:
-    """What lives as long as the process: the handlers, a manager for each connection, an event loop."""
-
-    pid: int
-    handlers: Handlers | None
-    managers: dict[tuple[str, int], RequestManager]
-    runner: asyncio.Runner | None = None
-    has_async_resources: bool = False
-    closes_at_exit: bool = False
-    #: two must not build them at the same time
-    building: asyncio.Lock | None = None
-
-
-_process = _Process(os.getpid(), None, {})
-
-
-def use_handlers(handlers: Handlers) -> None:
-    """The handlers of this process and of the horses that it forks, instead of those of RQARM_HANDLERS."""
-    this_process().handlers = handlers
-
-
-def this_process() -> _Process:
-    global _process
-    if _process.pid != os.getpid():
-        # a fork: handlers and managers are inherited (clients open connections of their own), event loops are not
-        _process = _Process(os.getpid(), _process.handlers, _process.managers)
-    return _process
-
-
-@contextmanager
-def serving(handlers: Handlers) -> Iterator[None]:
-    """Run requests with these handlers until the block ends; then their resources and their loop are gone."""
-    global _process
-    before, _process = this_process(), _Process(os.getpid(), handlers, {})
-    try:
-        yield
-    finally:
-        close_resources()
-        if _process.runner is not None:
-            _process.runner.close()
-        _process = before
-
-
-def handlers() -> Handlers:
-    """The handlers of this process, loaded at the first call. Raises ConfigError."""
-    process = this_process()
-    if process.handlers is None:
-        process.handlers = load_handlers()
-    return process.handlers
-
-
-def event_loop() -> asyncio.Runner:
-    """The event loop of this process."""
-    process = this_process()
-    if process.runner is None:
-        process.runner = asyncio.Runner()
-    return process.runner
-
-
-async def start_resources() -> None:
-    """Build the async resources of this process, on its event loop, once. Raises ResourceError."""
-    process = this_process()
-    if process.has_async_resources:
-        return
-    if process.building is None:
-        process.building = asyncio.Lock()
-    async with process.building:
-        if not process.has_async_resources:
-            await handlers().resources.start()
-            process.has_async_resources = True
-
-
-def close_resources() -> None:
-    """Tear down what handlers built in this process: its last job is done. What fails is logged."""
-    process = this_process()
-    if process.handlers is None:
-        return
-    try:
-        # on the loop also when only some of them could be built
-        if process.runner is not None and process.building is not None:
-            process.runner.run(process.handlers.resources.aclose())
-        else:
-            process.handlers.resources.close()
-    except Exception:
-        log.exception("a resource was not torn down")
-    process.has_async_resources = False
-    try:
-        tracing.flush()
-    except Exception:
-        log.exception("the last spans were not exported")
-
-
-def manager_for(namespace: str, connection: redis.Redis) -> RequestManager:
-    """The manager of a namespace on RQ's own connection."""
-    managers = this_process().managers
-    manager = managers.get((namespace, id(connection)))
-    if manager is None:
-        manager = managers[namespace, id(connection)] = RequestManager(connection=connection, namespace=namespace)
-    return manager
-
-
 def on_failure(core: Core, attempt: Attempt, *, is_set_aside: bool) -> tuple[NextUp, ...]:
     """Who is to be told when the attempt fails for good."""
     try:
-        return followups.on_failure(core, attempt, handlers(), is_set_aside=is_set_aside)
+        return followups.on_failure(core, attempt, equipment.handlers(), is_set_aside=is_set_aside)
     except ConfigError:
         return ()  # handlers that cannot be loaded are why it fails
 
 
 def attend(manager: RequestManager) -> None:
     """See to failures of which nobody has been told. Raises RedisError, RqarmError."""
-    if made := manager.shell.run(followups.attend(manager.core, handlers())):
+    if made := manager.shell.run(followups.attend(manager.core, equipment.handlers())):
         log.info("%d follow-ups of requests whose processes had died were queued", made)
 
 
@@ -423,11 +319,11 @@ class Execution:
         handling = self._with_resources(value, limit)
         if self.loop is not None:
             return asyncio.run_coroutine_threadsafe(handling, self.loop).result()
-        return event_loop().run(handling if self.span is None else tracing.within(self.span, handling))
+        return equipment.event_loop().run(handling if self.span is None else tracing.within(self.span, handling))
 
     async def _with_resources(self, value: Awaitable[Any], limit: float) -> Any:
         try:
-            await start_resources()
+            await equipment.start_resources()
         except BaseException:
             if inspect.iscoroutine(value):
                 value.close()  # nobody will await it
@@ -458,7 +354,7 @@ class Execution:
             self.attempt.key,
             self.attempt.number,
             self.attempt.kwargs,
-            handlers().resources,
+            equipment.handlers().resources,
             report,
             self.hold.is_lost,
             self.began + self.limit,
@@ -473,12 +369,12 @@ class Execution:
         if self.loop is not None:
             asyncio.run_coroutine_threadsafe(emitter.flush(), self.loop).result()
         else:
-            event_loop().run(emitter.flush())
+            equipment.event_loop().run(emitter.flush())
 
     def match(self) -> Match:
         """The route that takes the request. Raises NoHandler, InvalidRequest, ConfigError."""
         if self._match is None:
-            self._match = handlers().match(self.attempt.request)
+            self._match = equipment.handlers().match(self.attempt.request)
         return self._match
 
     @property

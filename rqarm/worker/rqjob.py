@@ -20,7 +20,7 @@ from rqarm.errors import LeaseLost, RqarmError
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
 from rqarm.rqjobs import key_of
-from rqarm.worker import execution
+from rqarm.worker import equipment, execution
 from rqarm.worker.execution import Drive, Execution, Hold
 
 log = logging.getLogger("rqarm.worker")
@@ -37,7 +37,7 @@ def perform(namespace: str, key: str = "") -> None:
     if job is None:
         raise RqarmError("rqarm.worker.perform is run by an RQ worker; to run a request yourself, use rm.queues")
     key = key or key_of(job.id)
-    manager = execution.manager_for(namespace, job.connection)
+    manager = equipment.manager_for(namespace, job.connection)
     worker = _worker_name(job)
     attempt = manager.shell.run(flows.start(manager.core, Key(key), job.id, worker))
     if isinstance(attempt, State):
@@ -49,14 +49,14 @@ def perform(namespace: str, key: str = "") -> None:
             Drive(ours, manager.shell).run(manager.shell.execute)
     finally:
         _sweep_now_and_then(manager)
-        known = execution.this_process().handlers
+        known = equipment.of_this_process().handlers
         if tracing.is_on() or (known is not None and known.resources.are_built):
             _close_with_the_process(job)
 
 
 def _close_with_the_process(job: Job) -> None:
     """RQ's Worker forks a process for each job and ends it with os._exit; its SimpleWorker runs all in its own."""
-    process = execution.this_process()
+    process = equipment.of_this_process()
     try:
         name = f"{rq.Worker.redis_worker_namespace_prefix}{job.worker_name}"
         pid = job.connection.hget(name, "pid")
@@ -64,10 +64,10 @@ def _close_with_the_process(job: Job) -> None:
         log.warning("resources are not torn down, the worker's record was not read: %s", error)
         return
     if pid is not None and int(pid) != os.getpid():
-        execution.close_resources()
+        equipment.close_resources()
     elif not process.closes_at_exit:
         process.closes_at_exit = True
-        atexit.register(execution.close_resources)
+        atexit.register(equipment.close_resources)
 
 
 def _worker_name(job: Job) -> str:

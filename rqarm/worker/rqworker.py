@@ -30,7 +30,7 @@ from rqarm import flows
 from rqarm.config import Settings
 from rqarm.errors import RqarmError
 from rqarm.version import __version__
-from rqarm.worker import execution
+from rqarm.worker import equipment, execution
 from rqarm.worker.horse import Order
 from rqarm.worker.patience import pause_after
 from rqarm.worker.processes import kill_group, leash_forks
@@ -80,7 +80,7 @@ class Worker(rq.Worker):
 
     def bootstrap(self, *args: Any, **kwargs: Any) -> None:
         """Raises ConfigError: who cannot load the handlers must not take requests from those who can."""
-        execution.handlers()
+        equipment.handlers()
         leash_forks()
         super().bootstrap(*args, **kwargs)
 
@@ -144,7 +144,7 @@ class Worker(rq.Worker):
             return
         self._swept = now + self.settings.lease / 3 * random.uniform(0.8, 1.2)
         try:
-            manager = execution.manager_for(self.settings.namespace, self.connection)
+            manager = equipment.manager_for(self.settings.namespace, self.connection)
             if healed := manager.shell.run(flows.sweep(manager.core)):
                 log.warning("set %d requests going again that had died", healed)
             execution.attend(manager)
@@ -296,7 +296,7 @@ class Worker(rq.Worker):
             return bool(super().perform_job(job, queue, rq_execution))
         finally:
             if not self.is_warm:
-                execution.close_resources()
+                equipment.close_resources()
 
     # -- what people ask of a worker
 

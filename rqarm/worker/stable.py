@@ -27,7 +27,7 @@ from rqarm.model import State
 from rqarm.quarantine import note_for
 from rqarm.replies import Attempt, Taken, UnreadableRequest
 from rqarm.shell import sibling
-from rqarm.worker import execution
+from rqarm.worker import equipment, execution
 from rqarm.worker.board import Board, Turn
 from rqarm.worker.execution import WorkHorseDied
 from rqarm.worker.horse import PLACES, Order, execution_id, gallop, taker
@@ -552,7 +552,7 @@ class Stable:
     @staticmethod
     def _match(attempt: Attempt) -> Match | None:
         try:
-            return execution.handlers().match(attempt.request)
+            return equipment.handlers().match(attempt.request)
         except RqarmError:
             return None
 
