@@ -8,9 +8,10 @@ from typing import Any
 import redis.asyncio
 
 from rqarm import bulk, connect, flows, following, inline
-from rqarm.browse import claims, detail, search, workers
+from rqarm.browse import claims, detail, events, listing, search, workers
 from rqarm.browse.claims import ClaimPage
 from rqarm.browse.detail import RequestDetail
+from rqarm.browse.events import Event
 from rqarm.browse.explain import Explanation, explain
 from rqarm.browse.search import SearchPage
 from rqarm.browse.workers import WorkersView
@@ -18,7 +19,7 @@ from rqarm.bulk import AsyncEntries as Entries
 from rqarm.bulk import Entry, OnError
 from rqarm.cache import AsyncCache
 from rqarm.config import Settings
-from rqarm.flows import Core, Event
+from rqarm.flows import Core
 from rqarm.following import FollowEvent
 from rqarm.inline import BulkResult, Compute, Mitigation, OnHits
 from rqarm.inspect import Overview, overview
@@ -92,7 +93,7 @@ class AsyncRequestManager:
         return await self.shell.run(flows.find(self.core, key))
 
     async def queue(self, name: str | None = None) -> list[BatchStatus]:
-        return await self.shell.run(flows.pending(self.core, name))
+        return await self.shell.run(listing.pending(self.core, name))
 
     async def result(self, key: str, timeout: float | None = 0) -> Any:
         return await self.shell.run(flows.result(self.core, key, timeout))
@@ -154,7 +155,7 @@ class AsyncRequestManager:
         return await self.shell.run(workers.workers(self.core))
 
     def events(self, since: str | None = None, timeout: float | None = None) -> AsyncIterator[Event]:
-        return self.shell.iterate(flows.events(self.core, since, timeout))
+        return self.shell.iterate(events.events(self.core, since, timeout))
 
     async def close(self) -> None:
         await self.shell.close()

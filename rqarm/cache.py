@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import IO, Any
 
 from rqarm import codec, flows
-from rqarm.browse import cached, search
+from rqarm.browse import cached, listing, search
 from rqarm.browse.cached import CacheOverview
 from rqarm.browse.search import CachePage
 from rqarm.flows import Core
@@ -61,7 +61,7 @@ class Cache:
 
     def list(self, limit: int | None = None) -> Iterator[BatchStatus]:
         """The cached results, soonest to expire first, sticky ones last."""
-        return self._shell.iterate(flows.browse(self._core, self._core.keys.named("results"), limit))
+        return self._shell.iterate(listing.entries(self._core, self._core.keys.named("results"), limit))
 
     def page(self, *, order: str = "expiry", cursor: str = "", limit: int = 50) -> CachePage:
         """A page of the cached results with their sizes, and the cursor of the next. One round trip.
@@ -116,7 +116,7 @@ class Cache:
 
     def stats(self) -> Stats:
         """Counters since the namespace began and sizes now; bytes as they lie in Redis."""
-        return self._shell.run(flows.stats(self._core))
+        return self._shell.run(listing.stats(self._core))
 
 
 @same_docs(Cache)
@@ -141,7 +141,7 @@ class AsyncCache:
         return await self._shell.run(flows.put(self._core, request, value))
 
     def list(self, limit: int | None = None) -> AsyncIterator[BatchStatus]:
-        return self._shell.iterate(flows.browse(self._core, self._core.keys.named("results"), limit))
+        return self._shell.iterate(listing.entries(self._core, self._core.keys.named("results"), limit))
 
     async def page(self, *, order: str = "expiry", cursor: str = "", limit: int = 50) -> CachePage:
         return await self._shell.run(search.cache_page(self._core, order, cursor, limit))
@@ -168,4 +168,4 @@ class AsyncCache:
         return await self._shell.run(cached.invalidate(self._core, tags))
 
     async def stats(self) -> Stats:
-        return await self._shell.run(flows.stats(self._core))
+        return await self._shell.run(listing.stats(self._core))

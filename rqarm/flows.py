@@ -23,6 +23,7 @@ from rqarm.errors import (
     CorruptResult,
     InvalidRequest,
     Quarantined,
+    Refused,
     RequestCancelled,
     RequestFailed,
     RequestLost,
@@ -32,7 +33,7 @@ from rqarm.errors import (
 )
 from rqarm.keys import Keys
 from rqarm.model import BatchStatus, Key, Outcome, Priority, State
-from rqarm.replies import LAPSED, Attempt, Found, Overdue, Page, Stats, Stored, Swept, Taken, UnreadableRequest
+from rqarm.replies import LAPSED, Attempt, Found, Overdue, Stored, Swept, Taken, UnreadableRequest
 from rqarm.request import BatchRequest, as_request
 from rqarm.uri import Canonical, check_key, redact
 
@@ -354,7 +355,7 @@ def wait(core: Core, keys: str | Iterable[str], timeout: float | None) -> Flow[l
     """The statuses in the order of the keys, when all have ended or the time is over."""
     wanted = [check_key(key) for key in ([keys] if isinstance(keys, str) else keys)]
     known: dict[Key, BatchStatus] = {}
-    yield from _collect(_settle(core, wanted, timeout, known))
+    yield from collect(_settle(core, wanted, timeout, known))
     return [known[key] for key in wanted]
 
 
@@ -378,7 +379,7 @@ def as_completed(core: Core, keys: Iterable[str], timeout: float | None) -> Flow
 def _wait_for(core: Core, key: Key, timeout: float | None, *, is_fresh: bool = False) -> Flow[Found]:
     known: dict[Key, BatchStatus] = {}
     settling = _settle(core, [key], timeout, known, with_value=True, is_fresh=is_fresh)
-    ended = yield from _collect(settling)
+    ended = yield from collect(settling)
     if not ended:
         raise WaitTimeout(key, known[key].state, timeout or 0.0)
     found: Found = ended[0]
@@ -475,7 +476,7 @@ def _driver(step: Step) -> Flow[Any]:
     return (yield step)
 
 
-def _collect(flow: Flow[Any]) -> Flow[list[Any]]:
+def collect(flow: Flow[Any]) -> Flow[list[Any]]:
     """What the flow emits, as a list; every other step goes on to the driver."""
     items = []
     for step in steps(flow):
@@ -708,68 +709,3 @@ def _heal_lapsed(core: Core, found: Overdue) -> Call[str]:
 def _ticket_of(core: Core, found: Overdue, delay: float) -> Ticket:
     description = redact(found.uri, core.settings.secret_params)
     return core.jobs.schedule(found.key, description, found.queue, found.priority, delay)
-
-
-# -- views
-
-
-def pending(core: Core, queue: str | None) -> Flow[list[BatchStatus]]:
-    """What waits in a queue, next first."""
-    index = core.keys.named("pending", queue=queue or core.settings.queue)
-    return (yield from _collect(browse(core, index)))
-
-
-def browse(core: Core, index: str, limit: int | None = None, page_size: int = 500) -> Flow[None]:
-    """Emits the records of an index in its order, page by page."""
-    offset = 0
-    while limit is None or offset < limit:
-        wanted = page_size if limit is None else min(page_size, limit - offset)
-        page: Page = yield core.calls.browse(index, offset, wanted)
-        for entry in page.entries:
-            yield Emit(entry)
-        offset += wanted
-        if offset >= page.total:
-            return
-
-
-def stats(core: Core) -> Flow[Stats]:
-    answer: Stats = yield core.calls.stats()
-    return answer
-
-
-def events(core: Core, since: str | None, timeout: float | None) -> Flow[None]:
-    """Emits transitions as they happen, oldest first, until ``timeout`` seconds pass without one (None = for ever, 0 =
-    only what is there).
-
-    ``since``: an event id to go on behind; "0" = from the oldest that is kept; None = only what comes.
-    """
-    after: str = since if since is not None else (yield core.calls.newest_event())
-    quiet_since = core.clock()
-    while True:
-        entries = yield core.calls.events(after)
-        if not entries:
-            left = RECHECK if timeout is None else min(RECHECK, timeout - (core.clock() - quiet_since))
-            if left <= 0:
-                return
-            entries = yield core.calls.next_events(after, ms(left))
-        for entry_id, fields in entries:
-            after = entry_id
-            yield Emit(Event(entry_id, fields.get("verb", ""), Key(fields.get("key", "")), fields.get("state", "")))
-            quiet_since = core.clock()
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One transition. ``id`` starts with its time in Unix ms and is what ``since`` takes."""
-
-    id: str
-    verb: str
-    key: Key
-    state: str
-
-
-class Refused(ResultNotReady):
-    """The queue is at its limit; nothing was accepted. Try again later."""
-
-    def __init__(self, key: str, queue: str) -> None:
-        super().__init__(key, f"refused, queue {queue!r} is at its limit (max_pending)")

@@ -8,16 +8,17 @@ from typing import Any
 import redis
 
 from rqarm import bulk, connect, flows, following, inline
-from rqarm.browse import claims, detail, search, workers
+from rqarm.browse import claims, detail, events, listing, search, workers
 from rqarm.browse.claims import ClaimPage
 from rqarm.browse.detail import RequestDetail
+from rqarm.browse.events import Event
 from rqarm.browse.explain import Explanation, explain
 from rqarm.browse.search import SearchPage
 from rqarm.browse.workers import WorkersView
 from rqarm.bulk import Entries, Entry, OnError
 from rqarm.cache import Cache
 from rqarm.config import Settings
-from rqarm.flows import Core, Event
+from rqarm.flows import Core
 from rqarm.following import FollowEvent
 from rqarm.inline import BulkResult, Compute, Mitigation, OnHits
 from rqarm.inspect import Overview, overview
@@ -133,7 +134,7 @@ class RequestManager:
 
     def queue(self, name: str | None = None) -> list[BatchStatus]:
         """What waits in a queue, next first."""
-        return self.shell.run(flows.pending(self.core, name))
+        return self.shell.run(listing.pending(self.core, name))
 
     def result(self, key: str, timeout: float | None = 0) -> Any:
         """The value of a request, waiting up to ``timeout`` seconds for it (None = for ever).
@@ -241,7 +242,7 @@ class RequestManager:
         ``since``: the id of the last event you saw; "0" = the oldest that is kept; None = only what comes. The last
         10,000 or so are kept.
         """
-        return self.shell.iterate(flows.events(self.core, since, timeout))
+        return self.shell.iterate(events.events(self.core, since, timeout))
 
     def close(self) -> None:
         """Give all connections back."""

@@ -17,6 +17,7 @@ from rqarm.context import Redirected
 from rqarm.errors import (
     CorruptResult,
     RedirectLoop,
+    Refused,
     RequestCancelled,
     RequestFailed,
     RequestLost,
@@ -89,7 +90,7 @@ def redirect(
             return came.word
         status: BatchStatus = yield from flows.submit(core, request, again=again)
         if status.outcome is Outcome.REFUSED:
-            raise flows.Refused(status.key, status.queue)
+            raise Refused(status.key, status.queue)
         is_submitted = True
     raise RequestLost(key)
 

@@ -19,6 +19,7 @@ import pytest
 import redis
 
 from rqarm import embedded, flows
+from rqarm.browse import listing
 from rqarm.calls import ms
 from rqarm.connect import open_client
 from rqarm.context import Context, Redirected
@@ -114,7 +115,7 @@ def _next(manager: RequestManager, with_delayed: bool, parked: set[Key]) -> Atte
     if taken.attempt is not None or not with_delayed:
         return taken.attempt
     for queue in queues:
-        for status in run(flows.pending(core, queue)):
+        for status in run(listing.pending(core, queue)):
             _, job_id = manager.shell.execute(core.calls.ticket(status.key))
             started = None if status.key in parked else run(flows.start(core, status.key, job_id, WORKER))
             if started is not None and not isinstance(started, State):

@@ -37,7 +37,7 @@ from rqarm import (
 )
 from rqarm.browse import cached
 from rqarm.context import Redirected
-from rqarm.errors import LeaseLost, RedirectLoop
+from rqarm.errors import LeaseLost, RedirectLoop, Refused
 from rqarm.model import Key, Outcome, Priority
 from rqarm.replies import Attempt
 
@@ -478,7 +478,7 @@ def test_a_lease_survives_a_redirect_that_is_refused(kind: str, url: str, redis_
         rm.submit("/A")
         lease = rm.queues.next_request()
         rm.submit("/other")
-        with pytest.raises(flows.Refused):
+        with pytest.raises(Refused):
             lease.redirect("/B")
         with pytest.raises(RedirectLoop):
             lease.redirect("/A")

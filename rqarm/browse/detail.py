@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 from rqarm import packing
 from rqarm.browse.claims import LimitUse, limit_use
+from rqarm.browse.events import Event
 from rqarm.calls import Batch, Call, Command
 from rqarm.codec import unpack_envelope
 from rqarm.errors import CorruptResult, InvalidRequest, VersionSkew
-from rqarm.flows import Core, Event, Flow
+from rqarm.flows import Core, Flow
 from rqarm.keys import URI_FIELDS
 from rqarm.model import BatchStatus, Key, Priority, State, Token, View
 from rqarm.replies import joined, moment, read_events, read_mapping, read_status, read_words, rows, text_of

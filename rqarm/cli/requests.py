@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from rqarm import flows
+from rqarm.browse import listing
 from rqarm.cli.bulk import submit_from
 from rqarm.cli.common import (
     FAILURE,
@@ -300,7 +300,7 @@ def _pending(rm: RequestManager, queue: str | None) -> Iterator[BatchStatus]:
 
 
 def _browse(rm: RequestManager, index: str, **parts: str) -> Iterator[BatchStatus]:
-    return rm.shell.iterate(flows.browse(rm.core, rm.core.keys.named(index, **parts)))
+    return rm.shell.iterate(listing.entries(rm.core, rm.core.keys.named(index, **parts)))
 
 
 @click.command()

@@ -31,6 +31,7 @@ from rqarm.errors import (
     LeaseLost,
     NoHandler,
     RedirectLoop,
+    Refused,
     ResultTooLarge,
     RqarmError,
     UnpackableResult,
@@ -249,7 +250,7 @@ class Execution:
         )
         try:
             word = yield from self._insist(redirect)
-        except flows.Refused as refused:
+        except Refused as refused:
             packed, delay = packing.pack_error(refused), redirects.REFUSED_DELAY
             yield from self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=None))
             self._tell(f"retried in {delay:g} s", route, refused)
