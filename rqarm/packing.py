@@ -31,6 +31,7 @@ import msgpack
 
 from rqarm.errors import CorruptResult, UnpackableResult
 from rqarm.result import Result
+from rqarm.text import name_of
 
 #: msgpack extension code of everything listed in the module docstring
 EXT_CODE = 82
@@ -353,7 +354,7 @@ def _reason(place: _Place) -> str:
 
 def _refusal(obj: Any) -> str:
     kind = type(obj)
-    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    name = name_of(kind)
     if isinstance(obj, Enum):
         return f"{name} is an enum: give its value"
     if kind.__module__.partition(".")[0] == "numpy":
@@ -396,7 +397,7 @@ def pack_error(
         name = error
     else:
         kind = error if isinstance(error, type) else type(error)
-        name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+        name = name_of(kind)
     if isinstance(error, BaseException):
         message = _told(lambda: str(error)) if message is None else message
         if traceback_text is None:

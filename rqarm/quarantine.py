@@ -26,6 +26,7 @@ from rqarm.replies import QuarantineEntry
 from rqarm.routes import Route
 from rqarm.shell import AsyncShell, Shell, same_docs
 from rqarm.templates import takes
+from rqarm.text import name_of
 from rqarm.uri import check_key, redact
 
 #: entries that one round trip reads; a traceback has 16 KiB at the most
@@ -177,7 +178,7 @@ def _pages(keys: list[Key]) -> Iterator[list[Key]]:
 def _filter(route: str | None, exception: ErrorType | None, reason: str | None) -> Callable[[QuarantineEntry], bool]:
     name = exception
     if isinstance(exception, type):
-        name = f"{exception.__module__}.{exception.__qualname__}".removeprefix("builtins.")
+        name = name_of(exception)
 
     def is_wanted(entry: QuarantineEntry) -> bool:
         if reason is not None and entry.reason != reason:

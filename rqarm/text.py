@@ -56,9 +56,9 @@ def size(count: int) -> str:
 
 
 def name_of(thing: Any) -> str:
-    """Where the source of a function or class is: its module and name."""
+    """The full name of a function or class: its module and name; of a built-in one the name alone."""
     module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
-    return f"{module}.{name}" if module and name else repr(thing)
+    return f"{module}.{name}".removeprefix("builtins.") if module and name else repr(thing)
 
 
 # -- for JSON
