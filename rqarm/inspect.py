@@ -354,7 +354,7 @@ def _int(family: Mapping[str, str], field: str) -> int:
 
 
 def _ring(family: Mapping[str, str], now: int) -> dict[int, Counter[str]]:
-    """Minute -> word -> count, from the ring; see ``tally`` in lua/prelude.lua. What is older is left over."""
+    """Minute -> word -> count, from the ring; see ``add_up`` in lua/prelude.lua. What is older is left over."""
     series: dict[int, Counter[str]] = {now - ago: Counter() for ago in range(MINUTES)}
     for field, value in family.items():
         slot, _, word = field.partition(":")

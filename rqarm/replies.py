@@ -521,7 +521,7 @@ def read_counts(flat: list[Any]) -> dict[str, int]:
 
 
 def read_outcomes(flat: list[Any]) -> dict[str, int]:
-    """The counters that are plain words; beside them stand those of ``tally``, whose names have a colon or a number."""
+    """The counters that are plain words; the names of the others have a colon or a number."""
     return {name: int(n) for name, n in read_texts(flat).items() if name.replace("_", "").isalpha() and n.isdigit()}
 
 
