@@ -95,6 +95,13 @@ def test_the_table_of_exit_codes_is_that_of_the_command_line() -> None:
     assert shown == {0, common.FAILURE, common.USAGE, common.NOT_READY, common.NO_SERVER, common.INTERRUPTED}
 
 
+def test_the_modules_of_internals_exist() -> None:
+    for _, where in rows(text_of("internals.md"), "## Where a line belongs"):
+        for name in codes(where):
+            place = ROOT / "rqarm" / (name if name.endswith(".lua") else name.replace(".", "/"))
+            assert place.exists() or place.with_suffix(".py").exists(), name
+
+
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
