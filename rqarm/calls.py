@@ -228,6 +228,16 @@ class Calls:
 
         return self._call("read", key, (int(with_value),), parse)
 
+    @staticmethod
+    def told(key: Key, said: bytes) -> Found | None:
+        """The end of a request as its wake-up tells it, with the result; None = it does not, read the record."""
+        word, _, rest = said.partition(b":")
+        size, is_told, packed = rest.partition(b":")
+        if word != b"completed" or not is_told or not size.isdigit():
+            return None
+        stored = read_stored(key, [b"", packed[: int(size)], packed[int(size) :]])
+        return Found(BatchStatus(key, State.COMPLETED), stored)
+
     def follow(self, key: Key, token: str, number: int) -> Call[Followed | None]:
         """What is new for a follower who knows the attempt ``token`` up to ``number``. None: there is no record."""
 

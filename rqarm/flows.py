@@ -66,7 +66,10 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """Wait for a wake-up of a watched key, at most ``timeout`` seconds. The answer is the set of keys that woke."""
+    """Wait for a wake-up of a watched key, at most ``timeout`` seconds.
+
+    The answer is the keys that woke, each with what was said of it; b"" = that does not count.
+    """
 
     timeout: float
 
@@ -400,20 +403,26 @@ def _settle(
     """Emits a Found for each key as it ends (or is unknown); returns at the end or when the time is over.
 
     Subscribe, then read, then wait: a result that comes between reading and waiting has left its wake-up behind. The
-    record is the answer and the wake-up a hint, so everything is read again every RECHECK seconds.
+    record is the answer and the wake-up a hint, so everything is read again every RECHECK seconds. A small result comes
+    with its wake-up: then who wants the value is spared the read.
     """
     deadline = None if timeout is None else core.clock() + timeout
     waiting = dict.fromkeys(keys)
+    woken: dict[Key, bytes] = {}
     if is_fresh and (timeout is None or timeout > FRESH):
         # no worker was as quick as this, so neither the confirmation nor the first read is worth waiting for
         yield Watch(tuple(waiting), is_sure=False)
-        if not (yield Listen(FRESH)):
+        woken = yield Listen(FRESH)
+        if not woken:
             yield Watch(tuple(waiting))
     else:
         yield Watch(tuple(waiting))
-    asked: Iterable[Key] = tuple(waiting)
+    asked: Sequence[Key] = tuple(waiting)
     while True:
-        answers: list[Found] = yield Batch(tuple(core.calls.read(key, with_value=with_value) for key in asked))
+        told = [core.calls.told(key, woken.get(key, b"")) for key in asked] if with_value else []
+        answers = [found for found in told if found is not None]
+        if len(answers) < len(asked):
+            answers = yield Batch(tuple(core.calls.read(key, with_value=with_value) for key in asked))
         for found in answers:
             known[found.status.key] = found.status
             if not found.status.state.in_flight:
@@ -422,7 +431,7 @@ def _settle(
         left = RECHECK if deadline is None else min(RECHECK, deadline - core.clock())
         if not waiting or left <= 0:
             return
-        woken: set[Key] = yield Listen(left)
+        woken = yield Listen(left)
         if not woken:
             # nobody may be there to notice that a worker died: whoever waits does. A favour: when it fails (memory is
             # out, foreign data among the leases) the wait goes on, and the read says what is wrong with this request.

@@ -112,7 +112,7 @@ def follow(core: Core, request: BatchRequest | str, timeout: float | None) -> Fl
         left = RECHECK if deadline is None else min(RECHECK, deadline - core.clock())
         if left <= 0:
             raise WaitTimeout(key, status.state, timeout or 0.0)
-        woken: set[Key] = yield Listen(left)
+        woken: dict[Key, bytes] = yield Listen(left)
         if not woken:
             # as in every wait: nobody may be there to notice that a worker died. When it fails, the wait goes on.
             with contextlib.suppress(Exception):

@@ -86,7 +86,12 @@ MUTANTS = [
         "vacate(key, fields.limit) end\n  redis.call('ZREM', leases_name(), key)\nend",
         "vacate(key, fields.limit) end\nend",
     ),
-    Mutant("no-wake-up", "lua/prelude.lua", "sticky)\n  wake(key, 'completed')\n", "sticky)\n"),
+    Mutant(
+        "no-wake-up",
+        "lua/prelude.lua",
+        "sticky)\n  wake(key, 'completed', is_small and envelope, bytes)\n",
+        "sticky)\n",
+    ),
     Mutant("commit-of-a-torn-result", "lua/complete.lua", "if missing > 0 then", "if false then"),
     Mutant(
         "chunks-keep-their-short-life",
@@ -340,6 +345,8 @@ MUTANTS = [
         "",
     ),
     Mutant("inspect-looks-at-the-end-only", "lua/inspect.lua", "if time ~= '' then note", "if false then note"),
+    Mutant("value-of-another-claim", "listen.py", 'said if self.stands(waiter) else b""', "said"),
+    Mutant("reader-leaves-nobody-behind", "listen.py", "next(iter(self._asleep)).ring()", "pass"),
     Mutant("waiter-reads-before-it-listens", "flows.py", "    else:\n        yield Watch(tuple(waiting))\n", ""),
     Mutant(
         "waiter-trusts-the-wake-up",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from drive import Rig, server_ms
 from transitions import REQUEST, call_of, last_crash, stored
 
 from rqarm import codec, flows, followups, packing
-from rqarm.calls import Call
+from rqarm.calls import Call, Calls
 from rqarm.errors import LeaseLost
 from rqarm.model import FollowUp
 from rqarm.replies import Attempt
@@ -238,7 +239,7 @@ def woken(pubsub: Any) -> list[tuple[str, str]]:
             continue
         if message["channel"] == b"arm:done:bell":
             return heard
-        heard.append((message["channel"].decode(), message["data"].decode()))
+        heard.append((message["channel"].decode(), message["data"].decode().partition(":")[0]))
 
 
 @pytest.mark.parametrize(
@@ -269,6 +270,28 @@ def test_an_end_wakes_who_waits_once_and_nothing_else_does(
         rig.reply(call)
         rig.client.publish("arm:done:bell", "")
         assert woken(pubsub) == ([(f"arm:done:{seeded.key}", word)] if word else [])
+
+
+@pytest.mark.parametrize(("size", "is_told"), [(0, True), (900, True), (1024, False), (200_000, False)])
+@pytest.mark.parametrize("how", ["complete", "put"])
+def test_a_small_result_goes_with_the_wake_up(redis_client: redis.Redis, how: str, size: int, is_told: bool) -> None:
+    rig = Rig(redis_client, inline_bytes=100_000, chunk_bytes=100_000)
+    value = os.urandom(size)
+    rig.seed("pending", REQUEST)
+    attempt = rig.ask(rig.take())
+    with rig.client.pubsub() as pubsub:
+        pubsub.subscribe(f"arm:done:{REQUEST.key}")
+        assert pubsub.get_message(timeout=10)["type"] == "subscribe"
+        if how == "complete":
+            rig.run(flows.finish(rig.core, attempt, value))
+        else:
+            rig.run(flows.put(rig.core, REQUEST, value))
+        said = pubsub.get_message(timeout=10)["data"]
+    found = Calls.told(REQUEST.key, said)
+    assert len(said) < 1100
+    assert (found is not None) == is_told
+    assert is_told or said == b"completed"
+    assert found is None or (found.stored is not None and found.stored.value() == value)
 
 
 def test_the_last_crash_wakes_who_waits(rig: Rig) -> None:

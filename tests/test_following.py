@@ -465,11 +465,11 @@ def test_a_lost_wake_up_costs_a_look_every_few_seconds() -> None:
     assert flow.send(looked(State.IN_PROGRESS, "7", 1, "a")).item.value == "a"
     assert next(flow) == Listen(RECHECK)
     # nobody woke it: it looks after the dead, and reads again behind what it knows
-    assert flow.send(set()).argv[0] == "SET"
+    assert flow.send({}).argv[0] == "SET"
     assert flow.send(False).argv[2:] == ("7", 1)
     assert flow.send(looked(State.IN_PROGRESS, "7", 2, "b")).item.value == "b"
     assert next(flow) == Listen(RECHECK)
-    assert flow.send({Key("k:told")}).argv[2:] == ("7", 2)
+    assert flow.send({Key("k:told"): b""}).argv[2:] == ("7", 2)
 
 
 # -- the emitter

@@ -120,7 +120,7 @@ def test_every_uri_of_a_chain_is_woken_once(rig: Rig, how: str) -> None:
         rig.ask(rig.complete(attempts["C"]) if how == "complete" else rig.put(BatchRequest("/C"), "owner"))
         heard = [pubsub.get_message(timeout=5) for _ in "ABC"]
         assert sorted(message["channel"].decode() for message in heard) == sorted(f"arm:done:{key(n)}" for n in "ABC")
-        assert {message["data"] for message in heard} == {b"completed"}
+        assert {message["data"].partition(b":")[0] for message in heard} == {b"completed"}
         assert pubsub.get_message(timeout=0.1) is None
 
 
