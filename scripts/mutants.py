@@ -127,8 +127,20 @@ MUTANTS = [
     Mutant(
         "sweep-without-re-push",
         "lua/sweep.lua",
-        "and not has_ticket(claim) then\n    report(ticketless, key, claim, claim.job_id)\n",
-        "and not has_ticket(claim) then\n",
+        "and not has_ticket(key, claim) then\n    report(ticketless, key, claim, claim.job_id)\n",
+        "and not has_ticket(key, claim) then\n",
+    ),
+    Mutant(
+        "sweep-takes-a-ticket-from-who-loads",
+        "lua/sweep.lua",
+        "if delivery == 'started' then return is_loading(key, claim) end",
+        "if delivery == 'started' then return false end",
+    ),
+    Mutant(
+        "sweep-waits-for-a-dead-loader",
+        "lua/sweep.lua",
+        "return now_ms < tonumber(seen_ms) + math.max(lease_ms, LOADING_MS) end",
+        "return true end",
     ),
     Mutant(
         "sweep-forgets-a-lost-alias",

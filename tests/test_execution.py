@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -175,6 +176,45 @@ def test_what_can_only_fail_again_fails_at_once_and_says_why(bench: Bench, uri: 
     assert text in message
     assert bench.verbs() == ["submit", "start", "fail"]
     assert bench.rm.connection.keys("arm:chunk:*") == []
+
+
+def test_handlers_that_raise_when_they_are_imported_fail_the_request(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = tmp_path / "explosive.py"
+    module.write_text("1 / 0")
+    monkeypatch.setenv("RQARM_HANDLERS", str(module))
+    key = bench.rm.submit("/x").key
+    burst(bench.rm.connection)
+    status = bench.rm.status(key)
+    assert status.state is State.FAILED
+    kind, message = error_of(status)
+    assert (kind, "explosive.py" in message, "ZeroDivisionError: division by zero" in message) == (
+        "ConfigError",
+        True,
+        True,
+    )
+
+
+def test_handlers_are_loaded_before_the_lease_begins(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    key = bench.rm.submit("/x").key
+    module, seen = tmp_path / "slow_to_load.py", tmp_path / "seen"
+    module.write_text(
+        f"""
+from pathlib import Path
+from rqarm import Handlers, RequestManager
+with RequestManager({bench.url!r}) as rm:
+    Path({str(seen)!r}).write_text(rm.status({key!r}).state)
+handlers = Handlers()
+handlers.fallback(lambda request, context: "done")
+"""
+    )
+    monkeypatch.setenv("RQARM_HANDLERS", str(module))
+    burst(bench.rm.connection)
+    assert seen.read_text() == "pending"
+    assert bench.rm.result(key) == "done"
 
 
 def test_handlers_that_cannot_be_loaded_fail_the_request_and_say_why(

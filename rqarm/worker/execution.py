@@ -18,8 +18,9 @@ import random
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -190,6 +191,8 @@ def perform(namespace: str, key: str = "") -> None:
     key = key or key_of(job.id)
     manager = manager_for(namespace, job.connection)
     worker = worker_name(job)
+    with suppress(ConfigError):  # told by the execution, which asks again
+        handlers()  # before the lease begins, for an import may take longer than one
     attempt = manager.shell.run(flows.start(manager.core, Key(key), job.id, worker))
     if isinstance(attempt, State):
         log.info("%s: superseded, the request is %s", key, attempt)
