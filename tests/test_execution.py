@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from bench import Bench
 from redis.exceptions import OutOfMemoryError, ReadOnlyError
+from rq.exceptions import ShutDownImminentException
 from rq.registry import FailedJobRegistry
 from servers import eventually
 from workers import burst, own_signals, timed
@@ -227,6 +228,42 @@ def test_handlers_that_cannot_be_loaded_fail_the_request_and_say_why(
     found, message = error_of(bench.rm.status(key))
     assert found == "ConfigError"
     assert "no_such_module" in message
+
+
+# -- shutdown of a worker that runs handlers in its own thread
+
+
+def second_signal() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    first = time.monotonic()
+    eventually(lambda: time.monotonic() - first > 1.1)  # RQ takes no notice of a second one within a second
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def dyno_ends() -> None:
+    raise ShutDownImminentException("shut down imminent", {})
+
+
+@pytest.mark.parametrize("ends", [second_signal, dyno_ends])
+def test_a_request_whose_worker_is_made_to_end_is_handed_back(bench: Bench, ends: Callable[[], None]) -> None:
+    def handler() -> str:
+        if bench.calls == 1:
+            ends()
+        return "done"
+
+    bench.route(handler)
+    status = bench.run()
+    if status.state is State.PENDING:  # the worker has stopped
+        assert (status.attempts, status.error) == (0, None)
+        assert FailedJobRegistry("arm", connection=bench.rm.connection).get_job_ids() == []
+        bench.work()
+    assert bench.rm.result(status.key) == "done"
+    assert bench.verbs() == ["submit", "start", "release", "start", "complete"]
+
+
+def test_a_handler_that_exits_fails(bench: Bench) -> None:
+    bench.route(lambda: sys.exit(3))
+    assert error_of(bench.run()) == ("SystemExit", "3")
 
 
 # -- errors and retries

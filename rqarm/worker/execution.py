@@ -28,7 +28,9 @@ from typing import Any, TypeVar
 
 import redis
 import rq
+from rq.exceptions import ShutDownImminentException
 from rq.job import Job
+from rq.worker import BaseWorker
 
 from rqarm import codec, flows, followups, redirects, tracing
 from rqarm.calls import Attempt, NextUp
@@ -617,6 +619,10 @@ class Execution:
 
     def _end_badly(self, error: BaseException, route: Route | None) -> Steps:
         try:
+            if _is_shutdown(error):
+                yield from self._insist(flows.release(self.core, self.attempt))
+                self._tell("handed back", route)
+                return
             delay = self._retry_delay(error, route)
             if delay is not None:
                 kwargs = dict(error.kwargs) if isinstance(error, RetryLater) and error.kwargs else None
@@ -678,6 +684,18 @@ class Execution:
             outcome, error = f"{outcome} ({error.state})", None
         is_found = self._context is not None and self._context.is_found
         tell(self.core, self.attempt, self.worker, route, outcome, self.spent(), error, is_found=is_found)
+
+
+def _is_shutdown(error: BaseException) -> bool:
+    """Whether an RQ worker that runs handlers in this thread is made to end, which is not the request's fault.
+
+    HerokuWorker raises an exception of its own in the handler. SimpleWorker's second signal raises SystemExit there, as
+    a handler may do itself: who raised it is told by the traceback.
+    """
+    if not isinstance(error, SystemExit):
+        return isinstance(error, ShutDownImminentException)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_code is BaseWorker.request_force_stop.__code__
 
 
 def fail_for_good(core: Core, attempt: Attempt, error: BaseException, match: Match | None) -> flows.Flow[None]:
