@@ -109,7 +109,8 @@ class Lease(_Held):
     def redirect(self, target: BatchRequest | str) -> State:
         """Let another request answer: this one becomes an alias of it. What it is now: pending, or as the target ended.
 
-        Raises LeaseLost, InvalidRequest. RedirectLoop, and Refused when the target's queue is full: the lease stays.
+        Raises LeaseLost, InvalidRequest. RedirectLoop, Refused when the target's queue is full, AliasesFull: the lease
+        stays.
         """
         state = self._shell.run(redirects.redirected(self._core, self._attempt, target))
         self._is_ended = True

@@ -258,6 +258,7 @@ MUTANTS = [
     Mutant("complete-leaves-its-job", "lua/complete.lua", "if job ~= '' then gone[2] = job end\n", ""),
     # redirects, callbacks, the quarantine
     Mutant("a-redirect-without-token", "lua/redirect.lua", HELD, NOT_FENCED),
+    Mutant("aliases-without-end", "lua/redirect.lua", "local MOST_ALIASES = 1000", "local MOST_ALIASES = 100000"),
     Mutant("a-redirect-loop", "lua/redirect.lua", "if target == key or IN_FLIGHT", "if false and IN_FLIGHT"),
     Mutant("an-alias-sleeps-on", "lua/prelude.lua", "  complete_aliases(led_by(key), key, deadline_ms)\n", ""),
     Mutant(

@@ -37,6 +37,7 @@ from rqarm.calls import Attempt, NextUp
 from rqarm.codec import Result
 from rqarm.context import Context, Redirected, RetryLater, SetAside
 from rqarm.errors import (
+    AliasesFull,
     ConfigError,
     InvalidRequest,
     LeaseLost,
@@ -451,11 +452,24 @@ class Execution:
         try:
             word = yield from self._insist(redirect)
         except flows.Refused as refused:
-            packed, delay = codec.pack_error(refused), redirects.REFUSED_DELAY
-            yield from self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=None))
-            self._tell(f"retried in {delay:g} s", route, refused)
+            yield from self._try_again_for(refused, route)
+            return
+        except AliasesFull as full:
+            try:
+                value = yield from self._insist(redirects.look_up(self.core, redirected.target))
+            except Redirected:
+                yield from self._try_again_for(full, route)
+                return
+            yield from self._insist(self._finish(match, value))
+            self._tell("completed", route)
             return
         self._tell(f"redirected to {redirects.name_of(self.core, redirected.target)}, {word}", route)
+
+    def _try_again_for(self, refusal: Exception, route: Route) -> Generator[Any, Any, None]:
+        """The target takes nobody at the moment."""
+        packed, delay = codec.pack_error(refusal), redirects.REFUSED_DELAY
+        yield from self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=None))
+        self._tell(f"retried in {delay:g} s", route, refusal)
 
     def look_up(self, target: BatchRequest) -> flows.Flow[Any]:
         """The cached result of another request. Raises Redirected when there is none."""
