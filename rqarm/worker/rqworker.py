@@ -107,6 +107,8 @@ class Worker(rq.Worker):
         return max(1, int(self.settings.lease / 3))
 
     def set_state(self, state: str, pipeline: Any = None) -> None:
+        if self.is_horse:
+            return  # it would say busy when it tells RQ of a failure, and nobody would say idle: the parent knows
         super().set_state(state, pipeline)
         self.shown_state = state
 
