@@ -44,7 +44,7 @@ class WorkerProcess:
         environment = {
             **os.environ,
             **environment,
-            "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+            "PYTHONPATH": f"{TESTS.parent}:{TESTS}:{os.environ.get('PYTHONPATH', '')}",
             "NOTES": str(self.notes),
             "RQARM_ALLOW_VOLATILE": "1",
         }
