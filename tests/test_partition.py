@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from audit import audit
+from audit import audit, server_ms
 from servers import FaultProxy, eventually, short_directory
-from workers import Crew, crew
+from workers import Crew, crew, is_alive
 
 from rqarm import State, embedded
 
@@ -47,6 +47,66 @@ def through(team: Crew, proxy: FaultProxy, url: str, **settings: object) -> None
 
 
 # -- silence
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_worker_that_is_cut_off_in_silence_ends_its_horse_before_the_lease_does(
+    home: embedded.PrivateServer, proxy: FaultProxy, team: Crew, concurrency: int
+) -> None:
+    """Row 43: all that it asks waits for ever, and it may not wait with it."""
+    through(team, proxy, home.url, concurrency=concurrency)
+    key = team.rm.submit("/turn/dark").key
+    horse = int(team.note("running-dark-1"))
+    proxy.blackhole = True
+    eventually(lambda: not is_alive(horse), 2 * LEASE, "its worker kills it")
+    left_ms = int(team.field(key, "lease_until") or 0) - server_ms(team.rm.connection)
+    assert left_ms > 0, "somebody else may have begun it"
+    team.hire()
+    team.note("running-dark-2")
+    team.let_go("dark-2")
+    assert team.rm.result(key, timeout=20) == 2
+    check(team, key)
+
+
+def test_a_partition_that_heals_brings_a_result_too_late(
+    home: embedded.PrivateServer, proxy: FaultProxy, team: Crew
+) -> None:
+    """Row 44: the first worker's commit is on its way when the lease ends, and arrives after that of the second."""
+    through(team, proxy, home.url)
+    key = team.rm.submit("/turn/late").key
+    horse = int(team.note("running-late-1"))
+    proxy.blackhole = True
+    team.let_go("late-1")
+    eventually(lambda: not is_alive(horse), 2 * LEASE, "its worker kills it")
+    second = team.hire()
+    team.note("running-late-2")
+    team.let_go("late-2")
+    assert team.rm.result(key, timeout=20) == 2
+    proxy.blackhole = False
+    eventually(lambda: team.rm.overview().refusals.get("duplicate", 0) >= 1, 20, "the late commit is refused")
+    assert (team.rm.result(key), team.field(key, "crashes")) == (2, b"1")
+    second.stop()
+    again = team.rm.submit("/add/1/2").key
+    assert team.rm.result(again, timeout=30) == 3, "the first one is back"
+    assert team.workers[0].lives
+    check(team, key, again)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_connections_that_are_half_open_are_replaced_within_the_lease(
+    home: embedded.PrivateServer, proxy: FaultProxy, team: Crew, concurrency: int
+) -> None:
+    """Row 43: a router has forgotten them all, and new ones come through: what runs is not lost."""
+    through(team, proxy, home.url, concurrency=concurrency, lease=6)
+    key = team.rm.submit("/turn/open").key
+    horse = team.note("running-open-1")
+    proxy.freeze()
+    until = team.field(key, "lease_until")
+    eventually(lambda: team.field(key, "lease_until") != until, 6, "the lease is renewed on another connection")
+    assert is_alive(int(horse))
+    team.let_go("open-1")
+    assert team.rm.result(key, timeout=30) == 1
+    check(team, key)
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])

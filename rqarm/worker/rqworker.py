@@ -26,7 +26,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer, PickleSerializer
 from rq.worker import DequeueStrategy, WorkerStatus
 
-from rqarm import flows
+from rqarm import connect, flows
 from rqarm.config import Settings
 from rqarm.errors import RqarmError
 from rqarm.version import __version__
@@ -105,6 +105,11 @@ class Worker(rq.Worker):
     def dequeue_timeout(self) -> int:
         """An idle worker gives a sign of life this often, in seconds, and sweeps."""
         return max(1, int(self.settings.lease / 3))
+
+    @property
+    def connection_timeout(self) -> int:
+        """Seconds after which a command counts as lost. RQ's are longer than its pop waits, and ours does not wait."""
+        return int(connect.READ_TIMEOUT_S)
 
     def set_state(self, state: str, pipeline: Any = None) -> None:
         super().set_state(state, pipeline)
