@@ -147,6 +147,10 @@ def test_the_table_of_counters_has_every_word_that_the_scripts_count() -> None:
             counted["executions"].add(word)
         for word in re.findall(r"\bdrop_(?:result|index)\(key, .*?'(\w+)'\)", lua):
             counted.setdefault("removals", set()).add(word)
+    for family, word in re.findall(
+        r'"stats", family="(\w+)"\), "(\w+)"', (ROOT / "rqarm" / "calls.py").read_text("utf-8")
+    ):
+        counted[family].add(word)
     for family, words in counted.items():
         assert shown[f"arm:stats:{family}"] == words, family
 
