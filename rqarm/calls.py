@@ -587,6 +587,14 @@ class Calls:
         argv = ("SET", self.keys.named("swept"), "1", "NX", "PX", ms(self.settings.lease / 3))
         return Command(argv, lambda reply: reply is not None and reply is not False)
 
+    def server_time(self) -> Command[float]:
+        """Seconds since 1970 on the server's clock; only ever compared with what this has answered before."""
+        return Command(("TIME",), lambda reply: int(reply[0]) + int(reply[1]) / 1e6)
+
+    def note_clock_step(self) -> Command[int]:
+        """The server's clock has stepped: count it."""
+        return Command(("HINCRBY", self.keys.named("stats", family="sweeps"), "clock_steps", 1), int)
+
     # -- quarantine
 
     def set_aside(self, limit: int | None = None) -> Command[list[Key]]:

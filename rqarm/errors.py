@@ -130,6 +130,14 @@ class NoHandler(RqarmError):
     """No route or operation takes the request. Register a handler or correct the URI."""
 
 
+class AliasesFull(RqarmError):
+    """The target has as many aliases as it may have. Give this request a result of its own: the target's value."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"request {key!r} has too many aliases already: finish with its value, once that is there")
+        self.key = key
+
+
 class RedirectLoop(RqarmError):
     """Redirects that lead back to where they began, or on and on. ``chain``: the URIs one after the other.
 

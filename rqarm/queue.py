@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 from rqarm import flows, following, followups, packing, redirects
@@ -106,7 +109,8 @@ class Lease(_Held):
     def redirect(self, target: BatchRequest | str) -> State:
         """Let another request answer: this one becomes an alias of it. What it is now: pending, or as the target ended.
 
-        Raises LeaseLost, InvalidRequest. RedirectLoop, and Refused when the target's queue is full: the lease stays.
+        Raises LeaseLost, InvalidRequest. RedirectLoop, Refused when the target's queue is full, AliasesFull: the lease
+        stays.
         """
         state = self._shell.run(redirects.redirected(self._core, self._attempt, target))
         self._is_ended = True
@@ -140,7 +144,8 @@ class Queues:
 
         Whoever holds the lease must end or renew it within the lease time (15 s by default), else another gets it.
         """
-        attempt = self._shell.run(flows.take(self._core, queue, taker(), timeout))
+        with _taking() as name:
+            attempt = self._shell.run(flows.take(self._core, queue, name, timeout))
         return None if attempt is None else Lease(self._core, self._shell, attempt)
 
     def sweep(self, queue: str | None = None) -> int:
@@ -167,8 +172,34 @@ def _failing(
 
 
 def taker() -> str:
-    """The name under which this thread takes work."""
+    """The name of this thread."""
     return f"{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}"
+
+
+class _Asking(threading.local):
+    """Which names of this thread ask for work at the moment."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+
+_asking = _Asking()
+
+
+@contextmanager
+def _taking() -> Iterator[str]:
+    """A name under which nobody else takes work meanwhile.
+
+    Coroutines of a thread ask at the same time. Under one name, a call that is sent again because its reply was lost
+    would not find what it had started, once the next one has started something.
+    """
+    thread = taker()
+    name = next(name for n in count() if (name := f"{thread}.{n}" if n else thread) not in _asking.names)
+    _asking.names.add(name)
+    try:
+        yield name
+    finally:
+        _asking.names.discard(name)
 
 
 @same_docs(Lease)
@@ -229,7 +260,8 @@ class AsyncQueues:
         self._core, self._shell = core, shell
 
     async def next_request(self, timeout: float | None = 0, *, queue: str | None = None) -> AsyncLease | None:
-        attempt = await self._shell.run(flows.take(self._core, queue, taker(), timeout))
+        with _taking() as name:
+            attempt = await self._shell.run(flows.take(self._core, queue, name, timeout))
         return None if attempt is None else AsyncLease(self._core, self._shell, attempt)
 
     async def sweep(self, queue: str | None = None) -> int:

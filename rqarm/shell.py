@@ -209,13 +209,15 @@ class Shell:
 
     def send(self, batch: Batch[Any]) -> Sent:
         """Ask now and read later, by ``receive``: the server works meanwhile. For calls, in a batch that settles."""
-        connection = self._kept.pop() if self._kept else self.client.connection_pool.get_connection()
+        connection = None
         try:
+            connection = self._kept.pop() if self._kept else self.client.connection_pool.get_connection()
             commands = [self._wire.argv(step) for step in batch.steps]
             connection.send_packed_command(connection.pack_commands(commands))
         except (redis.exceptions.RedisError, OSError):
-            connection.disconnect()
-            self.client.connection_pool.release(connection)
+            if connection is not None:
+                connection.disconnect()
+                self.client.connection_pool.release(connection)
             return Sent(batch, None)
         return Sent(batch, connection)
 

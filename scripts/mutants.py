@@ -134,8 +134,20 @@ MUTANTS = [
     Mutant(
         "sweep-without-re-push",
         "lua/sweep.lua",
-        "and not has_ticket(claim) then\n    report(ticketless, key, claim, claim.job_id)\n",
-        "and not has_ticket(claim) then\n",
+        "and not has_ticket(key, claim) then\n    report(ticketless, key, claim, claim.job_id)\n",
+        "and not has_ticket(key, claim) then\n",
+    ),
+    Mutant(
+        "sweep-takes-a-ticket-from-who-loads",
+        "lua/sweep.lua",
+        "if delivery == 'started' then return is_loading(key, claim) end",
+        "if delivery == 'started' then return false end",
+    ),
+    Mutant(
+        "sweep-waits-for-a-dead-loader",
+        "lua/sweep.lua",
+        "return now_ms < tonumber(seen_ms) + math.max(lease_ms, LOADING_MS) end",
+        "return true end",
     ),
     Mutant(
         "sweep-forgets-a-lost-alias",
@@ -253,6 +265,7 @@ MUTANTS = [
     Mutant("complete-leaves-its-job", "lua/complete.lua", "if job ~= '' then gone[2] = job end\n", ""),
     # redirects, callbacks, the quarantine
     Mutant("a-redirect-without-token", "lua/redirect.lua", HELD, NOT_FENCED),
+    Mutant("aliases-without-end", "lua/redirect.lua", "local MOST_ALIASES = 1000", "local MOST_ALIASES = 100000"),
     Mutant("a-redirect-loop", "lua/redirect.lua", "if target == key or IN_FLIGHT", "if false and IN_FLIGHT"),
     Mutant("an-alias-sleeps-on", "lua/prelude.lua", "  complete_aliases(led_by(key), key, deadline_ms)\n", ""),
     Mutant(

@@ -550,6 +550,19 @@ async def test_more_takers_than_redis_py_has_connections_by_default(url: str, re
         assert len({lease.key for lease in await asyncio.gather(*taking) if lease}) == 120
 
 
+async def test_coroutines_that_take_at_the_same_time_can_each_ask_again(url: str, redis_client: redis.Redis) -> None:
+    """A name keeps what its last call has started, for the case that the reply is lost."""
+    async with AsyncRequestManager(url, allow_volatile=True) as rm:
+        await rm.submit_many(["/a", "/b"])
+        leases = await asyncio.gather(rm.queues.next_request(), rm.queues.next_request())
+        kept = redis_client.hgetall("arm:takers")
+        assert {value.split()[1].decode() for value in kept.values()} == {lease.key for lease in leases if lease}
+        assert await rm.queues.next_request() is None
+        await rm.submit("/c")
+        assert await rm.queues.next_request() is not None
+    assert redis_client.hlen("arm:takers") == 2, "a name that is free is used again"
+
+
 WAITERS = """
 import sys, threading
 from rqarm import RequestManager

@@ -110,8 +110,8 @@ def rq_empty(rig: Rig, seeded: Seeded) -> None:
 
 
 def popped(rig: Rig, seeded: Seeded) -> None:
+    """The worker dies before it forks."""
     rig.client.lpop(rig.jobs.lists("arm")[1])
-    rig.client.hset(f"{rig.jobs.job_prefix}{seeded.job_id}", "status", "started")
 
 
 def flush_rq(rig: Rig, seeded: Seeded) -> None:
@@ -202,6 +202,32 @@ def test_two_sweeps_at_once_push_each_lost_ticket_once(rig: Rig) -> None:
     assert healed == 4
     assert len(rig.waiting()[1]) == 3
     audit(rig.client, rig.keys)
+
+
+def test_an_rq_worker_that_has_popped_a_ticket_may_load_its_handlers(rig: Rig) -> None:
+    seeded = rig.seed("pending")
+    rig.age(seeded.key)
+    assert rig.client.lpop(rig.jobs.lists("arm")[1]).decode() == seeded.job_id
+    rig.client.hset(rig.jobs.job_prefix + seeded.job_id, "status", "started")
+    assert heal(rig) == 0
+    before = stored(rig)
+    job_id, seen_ms = rig.record(seeded.key)["popped"].split()
+    assert job_id == seeded.job_id
+    assert heal(rig) == 0
+    assert stored(rig) == before
+    # a worker that died there: a lease later, and 10 s at the least, the request is taken back
+    rig.client.hset(rig.keys.status(seeded.key), "popped", f"{job_id} {int(seen_ms) - 15_001}")
+    assert heal(rig) == 1
+    assert "popped" not in rig.record(seeded.key)
+    audit(rig.client, rig.keys)
+    # the next ticket has a time of its own
+    new = rig.record(seeded.key)["job_id"]
+    rig.client.hset(rig.keys.status(seeded.key), "popped", f"{job_id} 1")
+    rig.age(seeded.key)
+    rig.client.lpop(rig.jobs.lists("arm")[1])
+    rig.client.hset(rig.jobs.job_prefix + new, "status", "started")
+    assert heal(rig) == 0
+    assert rig.record(seeded.key)["popped"].split()[0] == new
 
 
 def test_a_request_that_waits_for_its_delay_is_not_pushed_before(rig: Rig) -> None:

@@ -602,6 +602,14 @@ def test_what_was_taken_ahead_of_a_slow_request_goes_to_another_worker(team: Cre
 # -- many at a time
 
 
+def test_a_worker_whose_quick_request_has_failed_is_idle_for_rq_too(team: Crew) -> None:
+    worker = team.hire()
+    team.settle(team.rm.submit("/fail/1").key)
+    name = f"rq:worker:{worker.name}"
+    eventually(lambda: team.rm.connection.hget(name, "failed_job_count") == b"1", what="RQ is told of the failure")
+    assert team.state_of(worker) == b"idle"
+
+
 @pytest.fixture(scope="module")
 def many(home: embedded.PrivateServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     """One worker with 20 lanes that all tests share which must not harm it."""

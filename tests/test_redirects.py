@@ -37,7 +37,7 @@ from rqarm import (
 )
 from rqarm.browse import cached
 from rqarm.context import Redirected
-from rqarm.errors import LeaseLost, RedirectLoop, Refused
+from rqarm.errors import AliasesFull, LeaseLost, RedirectLoop, Refused
 from rqarm.model import Key, Outcome, Priority
 from rqarm.replies import Attempt
 
@@ -635,6 +635,45 @@ def test_a_target_that_is_refused_is_tried_again_later(bench: Bench, monkeypatch
     assert status.error is not None
     assert "max_pending" in status.error["message"]
     assert bench.rm.status(key("B")).state is State.UNKNOWN
+
+
+def nearly_full(client: redis.Redis, root: str) -> None:
+    """Room for two more aliases."""
+    client.sadd(f"arm:aliases:{BatchRequest(root).key}", *(f"alias-{n}" for n in range(998)))
+
+
+def test_who_finds_too_many_aliases_gets_a_copy_of_the_result(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redirects, "REFUSED_DELAY", 0.0)
+
+    @bench.handlers.route("/alias/{n:int}")
+    def alias(request: BatchRequest, context: Context, n: int) -> Any:
+        raise context.redirect("/root")
+
+    bench.route(lambda: "the result", "/root")
+    nearly_full(bench.rm.connection, "/root")
+    keys = [bench.rm.submit(f"/alias/{n}").key for n in range(4)]
+    bench.work()
+    statuses = [bench.rm.status(each) for each in keys]
+    assert [bench.rm.result(each) for each in keys] == ["the result"] * 4
+    root = BatchRequest("/root").key
+    assert [status.redirect for status in statuses] == [root, root, None, None]
+    assert bench.calls == 1
+    bench.rm.forget(root)
+    assert [bench.rm.status(each).state for each in keys] == [State.UNKNOWN] * 2 + [State.COMPLETED] * 2
+
+
+def test_a_lease_that_finds_too_many_aliases_stays(rig: Rig) -> None:
+    first, second, late, ahead = (begin(rig, uri) for uri in ("/1", "/2", "/late", "/ahead"))
+    nearly_full(rig.client, "/root")
+    for attempt in (first, second):
+        assert rig.run(redirects.redirected(rig.core, attempt, "/root")) is State.PENDING
+    with pytest.raises(AliasesFull, match="too many aliases"):
+        rig.run(redirects.redirected(rig.core, late, "/root"))
+    assert rig.state(late.key) is State.IN_PROGRESS
+    # who leads to it comes along
+    assert rig.run(redirects.redirected(rig.core, ahead, "/late")) is State.PENDING
+    assert rig.run(redirects.redirected(rig.core, late, "/other")) is State.PENDING
+    assert rig.client.scard(rig.named("aliases", key=BatchRequest("/other").key)) == 2
 
 
 def test_a_redirect_by_a_lost_attempt_changes_nothing(bench: Bench) -> None:

@@ -89,6 +89,21 @@ def test_drain_runs_callbacks_redirects_and_retries_without_their_delays(
     assert manager.connection.keys("rq:job:*") == []
 
 
+def test_a_chain_of_callbacks_runs_to_its_end(manager: RequestManager, handlers: Handlers) -> None:
+    @handlers.route("/step/{n:int}")
+    def step(request: BatchRequest, context: Context, n: int) -> int:
+        return n
+
+    @step.callback
+    def then(result: int, payloads: list[Any]) -> None:
+        if result < 3:
+            manager.submit(step.request(result + 1))
+
+    manager.submit(step.request(1))
+    ran = [one.uri for one in drain(manager, handlers) if not one.operation]
+    assert ran == ["/step/1", "/step/2", "/step/3"]
+
+
 def test_drain_goes_on_behind_a_failure_or_raises_it(manager: RequestManager, handlers: Handlers) -> None:
     @handlers.route("/{n:int}")
     def inverse(request: BatchRequest, context: Context, n: int) -> float:

@@ -487,6 +487,11 @@ def _full(rig: Rig) -> Call[Any]:
     return rig.calls.link(key, "00-100-2-01")
 
 
+def _full_of_aliases(rig: Rig) -> Call[Any]:
+    rig.client.sadd(rig.named("aliases", key=rig.begin(TARGET).key), *(f"alias-{n}" for n in range(1000)))
+    return rig.redirect(rig.begin(REQUEST), TARGET.key)
+
+
 def _linked(rig: Rig) -> Call[Any]:
     attempt = rig.begin(REQUEST)
     assert rig.word(rig.calls.trace(attempt, "00-3-4-01")) == "traced"
@@ -507,6 +512,7 @@ SPECIAL: dict[tuple[str, str], tuple[Callable[[Rig], Call[Any]], str]] = {
     ("redirect", "failed"): (_redirected("negative"), "already"),
     ("redirect", "cancelled"): (_redirected("cancelled"), "already"),
     ("redirect", "gone"): (_redirected("evicted"), "gone"),
+    ("redirect", "full"): (_full_of_aliases, "full"),
     ("redirect", "loop"): (_loop, "loop"),
     ("redirect", "endless"): (_endless, "endless"),
     ("crash", "quarantined"): (last_crash, "already"),

@@ -425,7 +425,7 @@ local function requeue(key, fields, job_id, commands, data, job)
   local ticket, priority = tonumber(fields.ticket), tonumber(fields.priority)
   local slot = line_up(key, fields.queue, priority, ticket, tonumber(fields.est_ms) or 0, fields.slot)
   redis.call('HSET', status_name(key), 'state', 'pending', 'job_id', job_id, 'slot', slot, 'pushed_ms', int(now_ms))
-  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'worker')
+  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'worker', 'popped')
   withdraw_emissions(key)
   replay(commands, data)
 end
@@ -719,7 +719,7 @@ local function complete_aliases(keys, root, deadline_ms)
     local status = status_name(key)
     redis.call('HSET', status, 'state', 'completed', 'ended_ms', int(now_ms))
     redis.call('HDEL', status, 'redirect', 'failure_ttl_ms', 'hops', 'error', 'kwargs', 'ticket', 'slot', 'ttl_ms',
-      'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms')
+      'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms', 'popped')
     redis.call('ZREM', redirected_name(), key)
     expire_alias(key, deadline_ms)
     wake(key, 'completed')
@@ -807,7 +807,7 @@ local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks
     'done_token', done_token)
   -- Of a flight only what readers see stays, and what a repeated submit or complete is known by.
   redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress', 'error', 'quarantined', 'note', 'negative_until', 'kwargs', 'ticket', 'slot', 'ttl_ms',
-    'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms', 'hops', 'trace')
+    'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms', 'hops', 'trace', 'popped')
   -- One that has expired stands in the indexes until the sweep looks; its size must not count for ever.
   if redis.call('ZADD', sizes_name(), 'NX', size_bytes, key) == 0 then
     drop_index(key, 'expired')

@@ -14,6 +14,7 @@ import inspect
 import logging
 import random
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,11 +22,14 @@ from itertools import count
 from typing import Any, TypeVar
 
 import redis
+from rq.exceptions import ShutDownImminentException
+from rq.worker import BaseWorker
 
 from rqarm import flows, followups, packing, redirects, tracing
 from rqarm.calls import NextUp
 from rqarm.context import Context, Redirected, RetryLater, SetAside
 from rqarm.errors import (
+    AliasesFull,
     ConfigError,
     InvalidRequest,
     LeaseLost,
@@ -251,11 +255,24 @@ class Execution:
         try:
             word = yield from self._insist(redirect)
         except Refused as refused:
-            packed, delay = packing.pack_error(refused), redirects.REFUSED_DELAY
-            yield from self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=None))
-            self._tell(f"retried in {delay:g} s", route, refused)
+            yield from self._try_again_for(refused, route)
+            return
+        except AliasesFull as full:
+            try:
+                value = yield from self._insist(redirects.look_up(self.core, redirected.target))
+            except Redirected:
+                yield from self._try_again_for(full, route)
+                return
+            yield from self._insist(self._finish(match, value))
+            self._tell("completed", route)
             return
         self._tell(f"redirected to {redirects.name_of(self.core, redirected.target)}, {word}", route)
+
+    def _try_again_for(self, refusal: Exception, route: Route) -> Generator[Any, Any, None]:
+        """The target takes nobody at the moment."""
+        packed, delay = packing.pack_error(refusal), redirects.REFUSED_DELAY
+        yield from self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=None))
+        self._tell(f"retried in {delay:g} s", route, refusal)
 
     def look_up(self, target: BatchRequest) -> flows.Flow[Any]:
         """The cached result of another request. Raises Redirected when there is none."""
@@ -419,6 +436,10 @@ class Execution:
 
     def _end_badly(self, error: BaseException, route: Route | None) -> Steps:
         try:
+            if _is_shutdown(error):
+                yield from self._insist(flows.release(self.core, self.attempt))
+                self._tell("handed back", route)
+                return
             delay = self._retry_delay(error, route)
             if delay is not None:
                 kwargs = dict(error.kwargs) if isinstance(error, RetryLater) and error.kwargs else None
@@ -480,6 +501,18 @@ class Execution:
             outcome, error = f"{outcome} ({error.state})", None
         is_found = self._context is not None and self._context.is_found
         tell(self.core, self.attempt, self.worker, route, outcome, self.spent(), error, is_found=is_found)
+
+
+def _is_shutdown(error: BaseException) -> bool:
+    """Whether an RQ worker that runs handlers in this thread is made to end, which is not the request's fault.
+
+    HerokuWorker raises an exception of its own in the handler. SimpleWorker's second signal raises SystemExit there, as
+    a handler may do itself: who raised it is told by the traceback.
+    """
+    if not isinstance(error, SystemExit):
+        return isinstance(error, ShutDownImminentException)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_code is BaseWorker.request_force_stop.__code__
 
 
 def fail_for_good(core: Core, attempt: Attempt, error: BaseException, match: Match | None) -> flows.Flow[None]:

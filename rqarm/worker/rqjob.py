@@ -9,14 +9,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import redis
 import rq
 from rq.job import Job
 
 from rqarm import flows, tracing
-from rqarm.errors import LeaseLost, RqarmError
+from rqarm.errors import ConfigError, LeaseLost, RqarmError
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
 from rqarm.rqjobs import key_of
@@ -39,6 +39,8 @@ def perform(namespace: str, key: str = "") -> None:
     key = key or key_of(job.id)
     manager = equipment.manager_for(namespace, job.connection)
     worker = _worker_name(job)
+    with suppress(ConfigError):  # told by the execution, which asks again
+        equipment.handlers()  # before the lease begins, for an import may take longer than one
     attempt = manager.shell.run(flows.start(manager.core, Key(key), job.id, worker))
     if isinstance(attempt, State):
         log.info("%s: superseded, the request is %s", key, attempt)
