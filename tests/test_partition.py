@@ -1,4 +1,4 @@
-"""Workers that lose their server without being told: half-open connections, partitions, flapping."""
+"""Workers that lose their server without being told: half-open connections, partitions, flapping, no place left."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import servers
 from audit import audit, server_ms
+from commands import command
 from servers import FaultProxy, eventually, short_directory
-from workers import Crew, crew, is_alive
+from workers import APP, Crew, crew, in_environment, is_alive
 
 from rqarm import State, embedded
 
@@ -159,3 +161,32 @@ def test_a_network_that_comes_and_goes_stops_nothing_for_long(
     assert {team.field(key, "crashes") or b"0" for key in keys} == {b"0"}
     assert all(worker.lives for worker in team.workers)
     check(team, *keys)
+
+
+# -- no place left
+
+
+def test_a_server_without_a_free_connection_lets_new_workers_wait_and_keeps_the_old(tmp_path: Path) -> None:
+    """Row 40."""
+    with (
+        servers.throwaway(servers.VALKEY or servers.REDIS) as server,
+        crew(server.url, tmp_path, lease=LEASE) as team,
+    ):
+        worker, client = team.hire(), team.rm.connection
+        keys = [team.rm.submit("/nap/1").key]
+        for n in range(3):
+            keys += [status.key for status in team.rm.submit_many([f"/soak/{5 * n + m}" for m in range(5)])]
+            team.settle(*keys)
+            eventually(lambda: client.info("clients")["blocked_clients"] == 3, 20, "all its connections are open")
+        client.config_set("maxclients", client.info("clients")["connected_clients"])
+        options = ("--handlers", str(APP), "--no-scheduler")
+        with command(server.url, team.directory, *options, **in_environment(team.settings)) as late:
+            eventually(lambda: client.info("stats")["rejected_connections"] >= 5, 30, "it asks again")
+            keys += [status.key for status in team.rm.submit_many([f"/soak/{n}" for n in range(15, 30)])]
+            team.settle(*keys)
+            assert "refused" not in worker.log.read_text()
+            client.config_set("maxclients", 100)
+            worker.stop()
+            keys.append(team.rm.submit("/add/1/2").key)
+            assert team.rm.result(keys[-1], timeout=30) == 3, late.said
+        check(team, *keys)
