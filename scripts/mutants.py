@@ -337,6 +337,9 @@ MUTANTS = [
         "  redis.pcall('ZREMRANGEBYRANK', failures_name(), 0, -FAILURES_KEPT - 1)\n",
         "",
     ),
+    Mutant("attempts-without-bound", "lua/prelude.lua", "number % ATTEMPTS_KEPT, note", "number, note"),
+    Mutant("retry-leaves-no-note", "lua/retry.lua", "note_attempt(key, claim, 'retried', err)\n", ""),
+    Mutant("attempt-of-nobody", "lua/crash.lua", ", 'worker', 'started_ms')", ")"),
     Mutant("inspect-looks-at-the-end-only", "lua/inspect.lua", "if time ~= '' then note", "if false then note"),
     Mutant("waiter-reads-before-it-listens", "flows.py", "    else:\n        yield Watch(tuple(waiting))\n", ""),
     Mutant(

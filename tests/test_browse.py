@@ -276,6 +276,69 @@ def test_a_running_request_shows_its_lease_and_its_history(rm: Any, rig: Rig) ->
     assert sorted(event.id for event in detail.timeline) == [event.id for event in detail.timeline]
 
 
+def test_each_attempt_is_told_with_how_it_ended(rm: Any, rig: Rig) -> None:
+    attempt = rig.begin(BatchRequest("/slow"), worker="first")
+    rig = Rig(rig.client, max_attempts=5)
+    assert rig.word(rig.retry(attempt, rig.ticket(attempt.request))) == "retried"
+    for worker in ("second", "third"):
+        attempt = rig.ask(rig.take(worker=worker))
+        assert rig.word(rig.crash(attempt.key, attempt.token, rig.ticket(attempt.request))) == "requeued"
+    attempt = rig.ask(rig.take(worker="fourth"))
+
+    told = rm.inspect(attempt.key).attempts
+    assert [(each.number, each.worker, each.outcome) for each in told] == [
+        (1, "first", "retried"),
+        (2, "second", "crashed"),
+        (3, "third", "crashed"),
+        (4, "fourth", "running"),
+    ]
+    assert all(each.started <= each.ended and each.ran >= 0 for each in told[:3])
+    assert [each.error and each.error["type"] for each in told] == ["Boom", "Boom", "Boom", None]
+    assert (told[3].ended, told[3].ran >= 0) == (None, True)
+
+    assert rig.word(rig.complete(attempt)) == "stored"
+    last = rm.inspect(attempt.key).attempts[3]
+    assert (last.outcome, last.ended, last.error) == ("completed", rm.status(attempt.key).ended, None)
+    assert json.loads(json.dumps(rm.inspect(attempt.key).to_dict()))["attempts"][0]["outcome"] == "retried"
+    assert not any("Boom" in text for text in rm.inspect(attempt.key).record.values())
+
+
+@pytest.mark.parametrize(
+    ("state", "outcome"),
+    [("mine", "running"), ("completed", "completed"), ("failed", "failed"), ("aliased", "redirected")],
+)
+def test_a_first_attempt_is_told_by_the_state(rm: Any, rig: Rig, state: str, outcome: str) -> None:
+    seeded = rig.seed(state)
+    (only,) = rm.inspect(seeded.key).attempts
+    assert (only.number, only.outcome, only.worker) == (1, outcome, "" if state == "aliased" else "me")
+    assert (only.error is not None) == (state == "failed")
+
+
+def test_an_attempt_that_a_submit_found_dead_is_told(rm: Any, rig: Rig) -> None:
+    seeded = rig.seed("lapsed")
+    rm.submit(seeded.request)
+    (only,) = rm.inspect(seeded.key).attempts
+    assert (only.outcome, only.worker, only.error["type"]) == ("crashed", "me", "LeaseLapsed")
+
+
+def test_the_newest_attempts_are_kept_and_a_new_claim_begins_anew(rm: Any, rig: Rig) -> None:
+    attempt = rig.begin(BatchRequest("/slow"))
+    for _ in range(13):
+        assert rig.word(rig.retry(attempt, rig.ticket(attempt.request))) == "retried"
+        attempt = rig.ask(rig.take())
+    assert [each.number for each in rm.inspect(attempt.key).attempts] == list(range(4, 15))
+    assert rig.word(rig.fail(attempt)) == "failed"
+    rm.submit(attempt.request)
+    assert rm.inspect(attempt.key).attempts == ()
+
+
+def test_a_note_that_somebody_else_wrote_is_left_out(rm: Any, rig: Rig) -> None:
+    seeded = rig.seed("mine")
+    for n, note in enumerate(("", "x", "1:x", "99:1", "1:7" * 6, "1:9,,,,,", "-3:")):
+        rig.client.hset(rig.keys.status(seeded.key), f"tried_{n}", note)
+    assert [each.number for each in rm.inspect(seeded.key).attempts] == [1]
+
+
 def test_events_are_found_however_many_came_between(rm: Any, rig: Rig) -> None:
     seeded = rig.seed("mine")
     with rig.client.pipeline(transaction=False) as pipeline:

@@ -8,6 +8,7 @@ import decimal
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -32,6 +33,7 @@ from rqarm import BatchRequest, RequestManager
 from rqarm.cli import COMMANDS, common, main, waiting
 from rqarm.cli.common import FAILURE, NOT_READY, USAGE, duration, json_text, plain, size
 from rqarm.model import BatchStatus, Key, State
+from rqarm.queue import Lease
 
 Run = Callable[..., Result]
 ROOT = Path(__file__).parents[1]
@@ -1036,6 +1038,19 @@ def test_inspect_shows_a_request_in_full_without_secrets(run: Run, rm: RequestMa
     assert json.loads(document)["tags"] == ["red"]
     assert "s3cr3t" not in text.output + document
     assert run("inspect", "never-seen").exit_code == 1
+
+
+def test_inspect_shows_how_each_attempt_ended(run: Run, rm: RequestManager) -> None:
+    key = rm.submit("/slow").key
+    for message, end in (("first", Lease.retry), ("second", Lease.fail)):
+        lease = take(rm)
+        try:
+            raise ValueError(message)
+        except ValueError as error:
+            end(lease, error)
+    lines = run("inspect", key).stdout
+    assert re.search("1 +retried +.*ValueError: first\n2 +failed +.*ValueError: second\n", lines)
+    assert lines.index("Traceback of attempt 1") < lines.index("Traceback of attempt 2")
 
 
 def test_claims_are_listed_and_released(run: Run, rm: RequestManager) -> None:

@@ -481,7 +481,10 @@ def filled(manager: RequestManager) -> dict[str, str]:
     manager.submit(BatchRequest("/f?password=geheim", queue="q2"), payload={"to": HOSTILE, "password": "geheim"})
     lease = manager.queues.next_request(queue="q2")
     assert lease is not None
-    lease.fail(ValueError(f"{HOSTILE} at /f?password=geheim"))
+    try:
+        raise ValueError(f"{HOSTILE} at /f?password=geheim")
+    except ValueError as error:
+        lease.fail(error)
     keys["failed"] = lease.key
     manager.submit(BatchRequest("/r", queue="q3"))
     running = manager.queues.next_request(queue="q3")
@@ -529,6 +532,10 @@ def test_a_request_in_full(client: FlaskClient, manager: RequestManager, filled:
     assert told["status"]["error"]["type"] == "ValueError"
     assert "/f?password=***" in told["status"]["error"]["message"]
     assert [event["verb"] for event in told["timeline"]] == ["submit", "start", "fail"]
+    (attempt,) = told["attempts"]
+    assert (attempt["number"], attempt["outcome"]) == (1, "failed")
+    assert "/f?password=***" in attempt["error"]["message"]
+    assert "Traceback (most recent call last)" in attempt["error"]["traceback"]
     assert told["payloads"][0]["value"] == {"to": HOSTILE, "password": "***"}
     running = client.get(f"/requests/{filled['running']}").text
     assert "50.0%" in running

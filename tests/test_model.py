@@ -53,6 +53,8 @@ URIS = tuple(f"/{n}" for n in range(3))
 MAX_ATTEMPTS = 2
 #: low for the same reason: what is kept of an attempt's emissions
 MOST_ITEMS, MOST_BYTES = 3, 7
+#: notes of failed attempts that a record holds; lua/prelude.lua has the same
+ATTEMPTS_KEPT = 10
 VERBS = ("renew", "emit", "admit", "complete", "fail", "retry", "release", "crash", "redirect", "redirect")
 
 uris = st.sampled_from(URIS)
@@ -77,6 +79,7 @@ class Record:
     attempts: int = 0
     retries: int = 0
     crashes: int = 0
+    tried: dict[int, tuple[int, str]] = field(default_factory=dict)  # attempts that failed: number and how, on a ring
     lapsed: bool = False
     delayed: bool = False
     reason: str = ""
@@ -92,6 +95,10 @@ class Record:
     traced: int = 0  # number of the attempt that has told its trace context last
     alias: str = ""  # the URI of the request that answers for this one
     redirected_by: int = 0
+
+    def note(self, how: str) -> None:
+        """The attempt in hand failed."""
+        self.tried[self.attempts % ATTEMPTS_KEPT] = self.attempts, how
 
     @property
     def is_led(self) -> bool:
@@ -322,6 +329,7 @@ class Machine(RuleBasedStateMachine):
 
     def died(self, uri: str, record: Record, job_id: str, *, delayed: bool) -> str:
         record.crashes += 1
+        record.note("crashed")
         if record.crashes >= MAX_ATTEMPTS:
             self.landed(record, "failed")
             record.reason, record.aside_by = "poison", job_id
@@ -437,6 +445,7 @@ class Machine(RuleBasedStateMachine):
         elif record.state == "in_progress" and record.lapsed:
             Watched.executions["crashed"] += 1
             record.crashes += 1
+            record.note("crashed")
             if record.crashes >= MAX_ATTEMPTS:
                 self.landed(record, "failed")
                 record.reason = "poison"
@@ -887,6 +896,7 @@ class Machine(RuleBasedStateMachine):
         if holds:
             self.landed(record, "failed", negative=negative)
             record.negative, record.done_token, record.reason = negative, int(attempt.token), reason
+            record.note("failed")
             record.untold = {FollowUp.FAILURE, FollowUp.QUARANTINE} if reason else set()
             if up is not None:
                 record.untold.discard(FollowUp.FAILURE)
@@ -902,6 +912,7 @@ class Machine(RuleBasedStateMachine):
         if holds:
             self.back_in_line(record, ticket.job_id, delayed=delay > 0)
             record.retries += 1
+            record.note("retried")
             self.push(uri, ticket.job_id, record.priority, delayed=delay > 0)
             assert self.rig.word(call) == "already"
 
@@ -1100,6 +1111,9 @@ class Machine(RuleBasedStateMachine):
         assert stored.get("alias", "") == (self.key(record.alias) if record.alias else "")
         counts = [int(stored.get(name, 0)) for name in ("attempts", "crashes", "retries", "token")]
         assert counts == [record.attempts, record.crashes, record.retries, record.token]
+        detail = self.rig.ask(browse.inspect_call(self.rig.core, self.key(uri)))
+        noted = [(each.number, each.outcome) for each in detail.attempts if each.error is not None]
+        assert noted == sorted(record.tried.values())
         assert stored.get("quarantined", "") == record.reason
         if record.in_flight:
             assert int(stored["priority"]) == record.priority

@@ -64,7 +64,8 @@ def request(dashboard: Dashboard, given: Arguments) -> Document:
     document["payloads"] = shown.scrubbed(document["payloads"], settings.secret_params)
     # the fields in which other text may repeat the request's own
     document["record"] = {name: dashboard.redacted(text) for name, text in document["record"].items()}
-    _scrub_error(dashboard, document["status"])
+    for each in (document["status"], *document["attempts"]):
+        _scrub_error(dashboard, each)
     uri = raw_uri or str(detail.key)
     return {
         "title": uri[:120],
@@ -156,12 +157,12 @@ def _status(dashboard: Dashboard, status: BatchStatus) -> Document:
     return document
 
 
-def _scrub_error(dashboard: Dashboard, status: Document) -> None:
+def _scrub_error(dashboard: Dashboard, document: Document) -> None:
     """Take the URI's secrets out of the error, which often repeats it."""
-    if status["error"]:
-        status["error"] = {
+    if document["error"]:
+        document["error"] = {
             name: _redacted_lines(dashboard, text) if isinstance(text, str) else text
-            for name, text in status["error"].items()
+            for name, text in document["error"].items()
         }
 
 

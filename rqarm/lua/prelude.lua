@@ -477,6 +477,17 @@ local function attempt(fields)
   return unpack(values)
 end
 
+-- An attempt that failed is noted in the record, the newest ATTEMPTS_KEPT on a ring: as long as the record lives, and no
+-- longer. Netstrings: number, worker, when it began and ended, how, and the packed error. What completes leaves no note.
+local ATTEMPTS_KEPT = 10
+local function note_attempt(key, fields, word, err)
+  local number, note = tonumber(fields.attempts) or 0, ''
+  for _, value in ipairs({int(number), fields.worker or '', fields.started_ms or '', int(now_ms), word, err}) do
+    note = note .. #value .. ':' .. value
+  end
+  redis.call('HSET', status_name(key), 'tried_' .. number % ATTEMPTS_KEPT, note)
+end
+
 -- The end of a flight, whatever the end is: first for the others, then in the record.
 local function make_room(key, fields)
   leave_line(key, fields)
