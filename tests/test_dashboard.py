@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import json
 import logging
 import os
@@ -879,6 +880,26 @@ def test_the_quarantine_by_exception(client: FlaskClient, manager: RequestManage
     answer = client.post("/quarantine/requeue", data={"exception": "ValueError"})
     assert answer.headers["Location"] == "/quarantine?done=requeued:1"
     assert manager.status(keys[2]).state == "pending"
+
+
+def test_the_quarantine_is_paged(client: FlaskClient, manager: RequestManager) -> None:
+    keys = set_aside(manager, *(f"/q/{n}" for n in range(7)))
+    seen, path = [], "/api/v1/quarantine?limit=3"
+    while path:
+        told = client.get(path).json
+        assert told["total"] == 7
+        seen += [entry["key"] for group in told["groups"] for entry in group["entries"]]
+        assert (told["shown"] <= 3, told["looked_at"]) == (True, len(seen))
+        path = told["cursor"] and f"/api/v1/quarantine?limit=3&cursor={quote(told['cursor'])}"
+    assert sorted(seen) == sorted(keys)
+
+    first = client.get("/quarantine?limit=3").text
+    assert "1 to 3 of 7" in first
+    link = re.search('rel="next" href="([^"]+)"', first)
+    assert link is not None
+    assert "4 to 7 of 7" in client.get(html.unescape(link[1])).text
+    assert "rel=" not in client.get("/quarantine").text.partition("<main")[2]
+    assert client.get("/api/v1/quarantine?cursor=nowhere").status_code == 400
 
 
 def set_aside(manager: RequestManager, *uris: str) -> list[str]:

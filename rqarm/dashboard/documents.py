@@ -104,10 +104,18 @@ def workers(dashboard: Dashboard, _: Arguments) -> Document:
 
 
 def quarantine(dashboard: Dashboard, given: Arguments) -> Document:
-    """The newest that were set aside, grouped by exception: ?limit= up to 100"""
-    aside = dashboard.manager.quarantine
-    entries = [_set_aside(dashboard, each) for each in aside.list(limit=_number(given, "limit", 100, 1, 100))]
-    return {"groups": _groups(entries), "shown": len(entries), "total": aside.count()}
+    """A page of what was set aside, newest first, grouped by exception: ?cursor= ?limit="""
+    page = dashboard.manager.quarantine.page(
+        cursor=given.get("cursor", ""), limit=_number(given, "limit", PAGE, 1, MOST)
+    )
+    entries = [_set_aside(dashboard, each) for each in page.entries]
+    return {
+        "groups": _groups(entries),
+        "shown": len(entries),
+        "cursor": page.cursor,
+        "looked_at": page.looked_at,
+        "total": page.total,
+    }
 
 
 def explain(dashboard: Dashboard, given: Arguments) -> Document:
