@@ -57,13 +57,13 @@ RANGES_S = (60.0, 600.0, 3_600.0, 21_600.0, 86_400.0, 604_800.0, 2_592_000.0)
 QUARANTINED = "quarantined"
 #: where requests of a state are found, in the words of search.lua; newest first where the index knows
 PLACES: dict[str, str] = {
-    "": "in_progress pending -without_result -quarantined -completed",
+    "": "in_progress pending -failed -cancelled -quarantined -completed",
     State.UNKNOWN: "",
     State.PENDING: "pending",
     State.IN_PROGRESS: "in_progress",
     State.COMPLETED: "-completed",
-    State.FAILED: "-without_result -quarantined",
-    State.CANCELLED: "-without_result",
+    State.FAILED: "-failed -quarantined",
+    State.CANCELLED: "-cancelled",
     QUARANTINED: "-quarantined",
 }
 #: the orders of ``rm.cache.page``
@@ -216,7 +216,7 @@ class WorkerView(_Plain):
     """An RQ worker that listens to one of our queues, as it said itself at its last heartbeat.
 
     ``keys``: the requests that it runs, looked for among the first 500 claims. ``job_id``: the job that RQ's tools
-    show. ``version``: of RQ.
+    show. ``version``: of RQ. ``rqarm_version``: "" of RQ's own worker, which tells none.
     """
 
     name: str
@@ -235,6 +235,7 @@ class WorkerView(_Plain):
     version: str
     python_version: str
     stopping: bool
+    rqarm_version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -720,6 +721,8 @@ def _overview(
 
 
 def _kind(packed: bytes) -> str:
+    if packed == b"redirect":
+        return "redirect"
     try:
         return str(read_envelope(packed).kind)
     except (CorruptResult, VersionSkew):
@@ -930,6 +933,7 @@ def _worker(name: str, record: dict[str, str], now: float, running: ClaimPage) -
         version=record.get("version", ""),
         python_version=record.get("python_version", ""),
         stopping="stopping" in record,
+        rqarm_version=record.get("rqarm_version", ""),
     )
 
 

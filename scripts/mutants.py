@@ -334,9 +334,10 @@ MUTANTS = [
     Mutant(
         "failures-without-bound",
         "lua/prelude.lua",
-        "  redis.pcall('ZREMRANGEBYRANK', failures_name(), 0, -FAILURES_KEPT - 1)\n",
+        "  redis.pcall('ZREMRANGEBYRANK', ended_name(state), 0, -ENDED_KEPT - 1)\n",
         "",
     ),
+    Mutant("failed-for-ever", "lua/prelude.lua", "  redis.pcall('ZREM', ended_name('failed'), key)\n", ""),
     Mutant("attempts-without-bound", "lua/prelude.lua", "number % ATTEMPTS_KEPT, note", "number, note"),
     Mutant("retry-leaves-no-note", "lua/retry.lua", "note_attempt(key, claim, 'retried', err)\n", ""),
     Mutant("attempt-of-nobody", "lua/crash.lua", ", 'worker', 'started_ms')", ")"),

@@ -229,8 +229,34 @@ def test_what_somebody_else_wrote_does_not_stop_a_search(rm: Any, rig: Rig) -> N
     assert keys_of(rm.search()) == [good.key]
 
 
+def test_what_has_ended_without_a_result_is_counted_while_it_is_there(rm: Any, rig: Rig) -> None:
+    def counts() -> tuple[int, int, int]:
+        states = rm.overview().states
+        return states["failed"], states["cancelled"], states["quarantined"]
+
+    failed, anew = rig.seed("failed", "/a"), rig.seed("failed", "/b")
+    cancelled, put = rig.seed("cancelled", "/c"), rig.seed("cancelled", "/d")
+    rig.seed("quarantined", "/e")
+    assert counts() == (2, 2, 1)
+    rm.submit(anew.request)
+    rm.cache.put(put.request, "value")
+    assert counts() == (1, 1, 1)
+    assert rig.word(rig.start(failed.key, failed.job_id)) == "started"
+    rm.forget(cancelled.key)
+    assert counts() == (0, 0, 1)
+
+
+def test_the_sweep_takes_out_what_has_expired(rm: Any, rig: Rig) -> None:
+    gone, stays = rig.seed("failed", "/gone"), rig.seed("failed", "/stays")
+    rig.client.delete(rig.keys.status(gone.key))
+    assert rm.overview().states["failed"] == 2
+    assert rm.queues.sweep() == 0
+    assert rm.overview().states["failed"] == 1
+    assert keys_of(rm.search(state="failed")) == [stays.key]
+
+
 def test_the_index_of_failures_is_bounded(rm: Any, rig: Rig) -> None:
-    index = rig.named("failures")
+    index = rig.named("ended", state="failed")
     rig.client.zadd(index, {f"old{n}": n for n in range(10_000)})
     key = rig.seed("failed").key
     assert rig.client.zcard(index) == 10_000
@@ -448,6 +474,12 @@ def test_the_overview_counts_what_is_there(rm: Any) -> None:
     assert sum(share.size for share in seen.routes) == seen.bytes
     assert [entry.status.uri for entry in seen.largest][:3] == ["/week/2", "/week/1", "/week/0"]
     json.dumps(seen.to_dict())
+
+
+def test_an_alias_is_counted_as_one(rm: Any, rig: Rig) -> None:
+    rig.seed("aliased")
+    kinds = {share.name: share.entries for share in rm.cache.overview().kinds}
+    assert kinds == {"text": 1, "redirect": 1}
 
 
 def test_a_sample_is_taken_at_equal_distances(rm: Any) -> None:

@@ -228,12 +228,13 @@ def workers(target: Target, is_json: bool) -> None:
             str(worker.succeeded),
             str(worker.failed),
             duration(worker.heartbeat_age) if worker.heartbeat_age is not None else "",
+            worker.rqarm_version or "-",
             worker.version,
             ",".join(worker.queues),
             " ".join(worker.keys),
         )
         for worker in seen.entries
     ]
-    print_table(("NAME", "STATE", "OK", "FAILED", "HEARTBEAT", "RQ", "QUEUES", "RUNS"), rows)
+    print_table(("NAME", "STATE", "OK", "FAILED", "HEARTBEAT", "RQARM", "RQ", "QUEUES", "RUNS"), rows)
     if seen.suspended:
         complain("`rq suspend` holds all workers; `rq resume` lets them go on")

@@ -43,7 +43,7 @@ else
   redis.call('PEXPIRE', callbacks_name(key), int(failure_ttl_ms))
   redis.call('PEXPIRE', followup_name(key), int(failure_ttl_ms))
   if claim.emitted then redis.call('PEXPIRE', emitted_name(key), int(math.max(failure_ttl_ms, negative_ms))) end
-  list_failure(key)
+  list_ended(key, 'failed')
   wake(key, 'failed')
   end_all_led_by(key, 'failed', err, negative_until)
 end
