@@ -107,6 +107,9 @@ class Worker(rq.Worker):
         return max(1, int(self.settings.lease / 3))
 
     def set_state(self, state: str, pipeline: Any = None) -> None:
+        # a horse that tells RQ of a failure goes through what makes RQ's worker busy; the parent would not know
+        if self.is_horse:
+            return
         super().set_state(state, pipeline)
         self.shown_state = state
 
