@@ -564,6 +564,8 @@ class Machine(RuleBasedStateMachine):
             del self.world.records[uri]
             self.world.payloads.pop(uri, None)
             assert self.rig.word(call) == "unknown"
+            # somebody else who looked at it, and wants it to run again
+            assert self.rig.word(self.rig.requeue(self.key(uri), old, self.rig.ticket(BatchRequest(uri)))) == "unknown"
 
     @precondition(lambda self: any(record.reason for record in self.world.records.values()))
     @rule(data=st.data(), what=st.sampled_from(["requeue", "discard"]))
