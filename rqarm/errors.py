@@ -81,6 +81,13 @@ class WaitTimeout(ResultNotReady, TimeoutError):
         self.key, self.state, self.timeout = key, state, timeout
 
 
+class Refused(ResultNotReady):
+    """The queue is at its limit; nothing was accepted. Try again later."""
+
+    def __init__(self, key: str, queue: str) -> None:
+        super().__init__(key, f"refused, queue {queue!r} is at its limit (max_pending)")
+
+
 class RequestFailed(RqarmError):
     """The request ended without a result. ``error`` holds type, message and traceback of the handler's error."""
 
@@ -121,6 +128,14 @@ class LeaseLost(RqarmError):
 
 class NoHandler(RqarmError):
     """No route or operation takes the request. Register a handler or correct the URI."""
+
+
+class AliasesFull(RqarmError):
+    """The target has as many aliases as it may have. Give this request a result of its own: the target's value."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"request {key!r} has too many aliases already: finish with its value, once that is there")
+        self.key = key
 
 
 class RedirectLoop(RqarmError):

@@ -31,10 +31,10 @@ from click.testing import CliRunner, Result
 import rqarm
 from rqarm import BatchRequest, RequestManager
 from rqarm.cli import COMMANDS, common, main, waiting
-from rqarm.cli.common import FAILURE, NOT_READY, USAGE, duration, json_text, plain, size
+from rqarm.cli.common import FAILURE, NOT_READY, USAGE, json_text
 from rqarm.model import BatchStatus, Key, State
 from rqarm.queue import Lease
-from rqarm.text import brief
+from rqarm.text import brief, duration, plain, size
 
 Run = Callable[..., Result]
 ROOT = Path(__file__).parents[1]

@@ -147,6 +147,10 @@ def test_the_table_of_counters_has_every_word_that_the_scripts_count() -> None:
             counted["executions"].add(word)
         for word in re.findall(r"\bdrop_(?:result|index)\(key, .*?'(\w+)'\)", lua):
             counted.setdefault("removals", set()).add(word)
+    for family, word in re.findall(
+        r'"stats", family="(\w+)"\), "(\w+)"', (ROOT / "rqarm" / "calls.py").read_text("utf-8")
+    ):
+        counted[family].add(word)
     for family, words in counted.items():
         assert shown[f"arm:stats:{family}"] == words, family
 
@@ -307,3 +311,13 @@ def test_docker_copies_only_what_exists() -> None:
     assert copied
     assert [name for name in copied if not (ROOT / name).exists()] == []
     assert "\nUSER rqarm\n" in dockerfile
+
+
+# --- the ancestors ----------------------------------------------------------------------------------------------------
+
+
+def test_every_ability_of_the_ancestors_is_held_by_a_test_that_exists() -> None:
+    named = [codes(row[-1])[0] for row in rows(text_of("ancestors.md"), "## The ancestors")]
+    assert len(named) >= 29
+    there = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert [name for name in named if f"def {name}(" not in there] == []

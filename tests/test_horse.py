@@ -28,8 +28,8 @@ from servers import eventually
 from workers import LEASE, PATIENCE, TESTS, Crew, WorkerProcess, crew, is_alive, timed
 
 from rqarm import BatchRequest, RequestFailed, RequestManager, State, Worker, connect, embedded
-from rqarm.calls import NO_REQUEST, Attempt
 from rqarm.model import Key, Priority, Token
+from rqarm.replies import NO_REQUEST, Attempt
 from rqarm.rqjobs import queue_names
 from rqarm.worker import board as board_module
 from rqarm.worker.board import _PAGE, Board
@@ -617,6 +617,14 @@ def test_what_was_taken_ahead_of_a_slow_request_goes_to_another_worker(team: Cre
 
 
 # -- many at a time
+
+
+def test_a_worker_whose_quick_request_has_failed_is_idle_for_rq_too(team: Crew) -> None:
+    worker = team.hire()
+    team.settle(team.rm.submit("/fail/1").key)
+    name = f"rq:worker:{worker.name}"
+    eventually(lambda: team.rm.connection.hget(name, "failed_job_count") == b"1", what="RQ is told of the failure")
+    assert team.state_of(worker) == b"idle"
 
 
 @pytest.fixture(scope="module")

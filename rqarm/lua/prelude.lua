@@ -256,7 +256,11 @@ local function event(verb, key, state)
   redis.pcall('XADD', events_name(), 'MAXLEN', '~', EVENTS_KEPT, '*', 'verb', verb, 'key', key, 'state', state)
 end
 
-local function wake(key, state)
+-- The message is the state. A small result goes with it, and spares those who wait the look at the record: `state:length of
+-- the envelope:envelope bytes`. Bounded, because each of them gets it.
+local MOST_TOLD = 1024
+local function wake(key, state, envelope, bytes)
+  if envelope and #envelope + #bytes <= MOST_TOLD then state = state .. ':' .. #envelope .. ':' .. envelope .. bytes end
   redis.call('PUBLISH', done_name(key), state)
 end
 
@@ -421,7 +425,7 @@ local function requeue(key, fields, job_id, commands, data, job)
   local ticket, priority = tonumber(fields.ticket), tonumber(fields.priority)
   local slot = line_up(key, fields.queue, priority, ticket, tonumber(fields.est_ms) or 0, fields.slot)
   redis.call('HSET', status_name(key), 'state', 'pending', 'job_id', job_id, 'slot', slot, 'pushed_ms', int(now_ms))
-  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'worker')
+  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'worker', 'popped')
   withdraw_emissions(key)
   replay(commands, data)
 end
@@ -728,7 +732,7 @@ local function complete_aliases(keys, root, deadline_ms)
     local status = status_name(key)
     redis.call('HSET', status, 'state', 'completed', 'ended_ms', int(now_ms))
     redis.call('HDEL', status, 'redirect', 'failure_ttl_ms', 'hops', 'error', 'kwargs', 'ticket', 'slot', 'ttl_ms',
-      'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms')
+      'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms', 'popped')
     redis.call('ZREM', redirected_name(), key)
     expire_alias(key, deadline_ms)
     wake(key, 'completed')
@@ -816,7 +820,7 @@ local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks
     'done_token', done_token)
   -- Of a flight only what readers see stays, and what a repeated submit or complete is known by.
   redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress', 'error', 'quarantined', 'note', 'negative_until', 'kwargs', 'ticket', 'slot', 'ttl_ms',
-    'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms', 'hops', 'trace')
+    'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms', 'hops', 'trace', 'popped')
   -- One that has expired stands in the indexes until the sweep looks; its size must not count for ever.
   if redis.call('ZADD', sizes_name(), 'NX', size_bytes, key) == 0 then
     drop_index(key, 'expired')
@@ -825,7 +829,7 @@ local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks
   local deadline_ms = not sticky and now_ms + ttl_ms or nil
   expire_together(key, owner, chunks, deadline_ms)
   add_bytes(size_bytes, sticky)
-  wake(key, 'completed')
+  wake(key, 'completed', is_small and envelope, bytes)
   complete_aliases(led_by(key), key, deadline_ms)
 end
 

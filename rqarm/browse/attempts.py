@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from rqarm import codec
-from rqarm.calls import LAPSED
-from rqarm.model import BatchStatus, State
+from rqarm import packing
+from rqarm.model import BatchStatus, State, View
+from rqarm.replies import LAPSED
 
 #: what the fields of the record begin with that hold notes
 FIELD = "tried_"
@@ -22,7 +22,7 @@ PIECES = 6
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptView:
+class AttemptView(View):
     """One attempt.
 
     ``outcome``: running, completed, failed, retried, crashed, cancelled, redirected. ``ran``: seconds on the server's
@@ -73,7 +73,7 @@ def _read(packed: bytes) -> AttemptView | None:
             _moment(started_ms),
             _moment(ended_ms),
             None,
-            codec.unpack_error(error or LAPSED),
+            packing.unpack_error(error or LAPSED),
         )
     except (ValueError, OverflowError):
         return None
