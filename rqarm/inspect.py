@@ -7,7 +7,7 @@ One round trip, whatever the number of queues, requests or results; it only read
     waiters, attention
 ``server`` (``Server``, None when INFO is refused): name, version, used_memory, max_memory, memory_ratio, policy,
     evicted_keys, expired_keys, script_errors, clients, uptime
-``states``: pending, in_progress, completed, quarantined; and of the pending: parked, called
+``states``: STATES, of which failed are those that are not set aside; and of the pending: parked, called
 ``hit_rate``, ``hit_rate_hour`` (``HitRate``): hit, joined, new (counts), hit_ratio, joined_ratio, new_ratio, effective
 ``saved`` (``Saved``): executions, seconds, hit_seconds, joined_seconds
 ``minutes`` (60 of ``Minute``, oldest first): at, submissions, executions (word -> count)
@@ -38,6 +38,8 @@ from rqarm.version import __version__
 MINUTES = 60
 #: outcomes of a submit that needed no execution of its own
 ANSWERED = ("hit", "stale", "joined")
+#: of requests, as ``Overview.states`` counts them; ``parked`` and ``called`` are pending
+STATES = ("pending", "in_progress", "completed", "failed", "cancelled", "quarantined")
 #: hot keys that are shown
 HOTTEST = 10
 #: the oldest in line has waited this many seconds: somebody should look
@@ -293,6 +295,8 @@ def _overview(core: Core, census: Census, server: Server | None, waiters: int | 
             "in_progress": numbers["in_progress"],
             "completed": numbers["temporary"] + numbers["sticky"],
             "quarantined": numbers["quarantined"],
+            "failed": numbers["failed"],
+            "cancelled": numbers["cancelled"],
         },
         submissions=totals,
         executions=words(executions),

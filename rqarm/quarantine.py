@@ -11,10 +11,11 @@ requeued or comes meanwhile moves nothing under who reads.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rqarm import packing
+from rqarm.browse import search
 from rqarm.calls import Batch, Call
 from rqarm.context import SetAside
 from rqarm.errors import InvalidRequest, NoHandler, ResultTooLarge, UnpackableResult
@@ -64,7 +65,30 @@ def note_for(match: Match | None, kwargs: dict[str, Any], error: BaseException |
     return packing.pack(note)
 
 
+@dataclass(frozen=True, slots=True)
+class QuarantinePage:
+    """Some of what is set aside, newest first, without payloads; ``cursor`` leads to the next page, "" at the end.
+
+    ``looked_at`` of the ``total`` have been looked at so far, this page included.
+    """
+
+    entries: tuple[QuarantineEntry, ...]
+    cursor: str
+    looked_at: int
+    total: int
+
+
 # -- flows
+
+
+def page(core: Core, cursor: str, limit: int) -> Flow[QuarantinePage]:
+    """A page in two round trips, however many are set aside."""
+    place = search.PLACES[search.QUARANTINED]
+    found = yield search.search_call(core, place, state=search.QUARANTINED, cursor=cursor, limit=limit)
+    calls = tuple(core.calls.entry(each.status.key) for each in found.entries)
+    read: list[QuarantineEntry | State] = (yield Batch(calls)) if calls else []
+    listed = tuple(each for each in read if isinstance(each, QuarantineEntry))
+    return QuarantinePage(listed, found.cursor, found.looked_at, found.total)
 
 
 def entries(
@@ -220,6 +244,10 @@ class Quarantine:
         """The entries, newest first, without payloads. A hundred in a round trip."""
         return self._shell.iterate(entries(self._core, route=route, exception=exception, reason=reason, limit=limit))
 
+    def page(self, *, cursor: str = "", limit: int = 50) -> QuarantinePage:
+        """A page of the entries, newest first, in two round trips; at most 500."""
+        return self._shell.run(page(self._core, cursor, limit))
+
     def get(self, key: str) -> QuarantineEntry | None:
         """The entry with its payloads; None when the request is not set aside."""
         return self._shell.run(entry(self._core, key))
@@ -277,6 +305,9 @@ class AsyncQuarantine:
         limit: int | None = None,
     ) -> AsyncIterator[QuarantineEntry]:
         return self._shell.iterate(entries(self._core, route=route, exception=exception, reason=reason, limit=limit))
+
+    async def page(self, *, cursor: str = "", limit: int = 50) -> QuarantinePage:
+        return await self._shell.run(page(self._core, cursor, limit))
 
     async def get(self, key: str) -> QuarantineEntry | None:
         return await self._shell.run(entry(self._core, key))

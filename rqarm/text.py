@@ -46,6 +46,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86_400:.0f} d"
 
 
+def brief(seconds: float) -> str:
+    """As ``duration``, and below a second in milliseconds: ``4 ms``."""
+    if 0 < seconds < 0.0005:
+        return "< 1 ms"
+    return f"{seconds * 1000:.0f} ms" if 0 < seconds < 0.9995 else duration(seconds)
+
+
 def size(count: int) -> str:
     """Bytes for people: ``812 B``, ``1.5 MiB``."""
     units, amount = ["B", "KiB", "MiB", "GiB", "TiB"], float(count)

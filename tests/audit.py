@@ -224,10 +224,13 @@ class _Audit:
 
     def _views(self) -> None:
         """The indexes that only views and invalidations read hold all that they must; they may hold more."""
-        failures = self._zset("failures")
-        for key, record in self._in_state("failed", "cancelled").items():
-            listed = key in failures or "quarantined" in record
-            self._check(listed, f"{key} is {record['state']} and not among the failures")
+        for state in ("failed", "cancelled"):
+            listed = self._zset("ended", state=state).keys()
+            ended = {key for key, record in self._in_state(state).items() if "quarantined" not in record}
+            self._check(ended <= listed, f"{sorted(ended - listed)} are {state} and not listed")
+            # what has expired stays until a sweep looks
+            others = listed & self.records.keys() - ended
+            self._check(not others, f"{sorted(others)} are listed as {state}")
         for key, record in self.records.items():
             tags = record.get("tags", "")
             self._check(not tags or key + tags in self._zset("tagged"), f"{key} is not among those with tags")

@@ -25,7 +25,7 @@ from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.serializers import JSONSerializer
 from servers import eventually
-from workers import LEASE, TESTS, Crew, WorkerProcess, crew, is_alive, timed
+from workers import LEASE, PATIENCE, TESTS, Crew, WorkerProcess, crew, is_alive, timed
 
 from rqarm import BatchRequest, RequestFailed, RequestManager, State, Worker, connect, embedded
 from rqarm.model import Key, Priority, Token
@@ -396,6 +396,23 @@ def test_an_idle_worker_ends_after_its_idle_time(team: Crew, concurrency: int) -
     worker = team.start("rqarm.Worker", "--max-idle-time", "1", concurrency=concurrency)
     assert team.rm.get("/add/1/2", timeout=20) == 3
     assert worker.wait(15) == 0
+
+
+def test_a_worker_is_idle_again_behind_a_failure(team: Crew) -> None:
+    worker = team.hire("rqarm.Worker")
+    team.settle(team.rm.submit("/fail/quick").key)
+    # a request that is shown as running, and one behind it, so that the parent has told its state since
+    busy = team.rm.submit("/wait/long").key
+    team.running("long")
+    eventually(lambda: team.state_of(worker) == b"busy", PATIENCE, "the worker is shown as busy")
+    failing = team.rm.submit("/fail/behind").key
+    team.let_go("long")
+    team.settle(busy, failing)
+    eventually(lambda: team.state_of(worker) == b"idle", PATIENCE, "the worker is shown as idle")
+    team.settle(team.rm.submit("/fail/alone").key)
+    heard = FailedJobRegistry(team.name, connection=team.rm.connection, serializer=JSONSerializer)
+    eventually(lambda: heard.count == 3, PATIENCE, "RQ hears of the failures")
+    assert team.state_of(worker) == b"idle"
 
 
 def test_rqs_pool_of_workers_runs_ours(team: Crew) -> None:

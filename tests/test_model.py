@@ -33,7 +33,7 @@ from hypothesis.stateful import (
 )
 
 from rqarm import connect, embedded, flows, inspect
-from rqarm.browse import cached, claims
+from rqarm.browse import cached, claims, detail
 from rqarm.calls import Call, Command, NextUp, Ticket
 from rqarm.model import FollowUp, Key, Priority, State, Token
 from rqarm.replies import Attempt, Overdue
@@ -55,6 +55,8 @@ URIS = tuple(f"/{n}" for n in range(3))
 MAX_ATTEMPTS = 2
 #: low for the same reason: what is kept of an attempt's emissions
 MOST_ITEMS, MOST_BYTES = 3, 7
+#: notes of failed attempts that a record holds; lua/prelude.lua has the same
+ATTEMPTS_KEPT = 10
 VERBS = ("renew", "emit", "admit", "complete", "fail", "retry", "release", "crash", "redirect", "redirect")
 
 uris = st.sampled_from(URIS)
@@ -79,6 +81,7 @@ class Record:
     attempts: int = 0
     retries: int = 0
     crashes: int = 0
+    tried: dict[int, tuple[int, str]] = field(default_factory=dict)  # attempts that failed: number and how, on a ring
     lapsed: bool = False
     delayed: bool = False
     reason: str = ""
@@ -94,6 +97,10 @@ class Record:
     traced: int = 0  # number of the attempt that has told its trace context last
     alias: str = ""  # the URI of the request that answers for this one
     redirected_by: int = 0
+
+    def note(self, how: str) -> None:
+        """The attempt in hand failed."""
+        self.tried[self.attempts % ATTEMPTS_KEPT] = self.attempts, how
 
     @property
     def is_led(self) -> bool:
@@ -324,6 +331,7 @@ class Machine(RuleBasedStateMachine):
 
     def died(self, uri: str, record: Record, job_id: str, *, delayed: bool) -> str:
         record.crashes += 1
+        record.note("crashed")
         if record.crashes >= MAX_ATTEMPTS:
             self.landed(record, "failed")
             record.reason, record.aside_by = "poison", job_id
@@ -439,6 +447,7 @@ class Machine(RuleBasedStateMachine):
         elif record.state == "in_progress" and record.lapsed:
             Watched.executions["crashed"] += 1
             record.crashes += 1
+            record.note("crashed")
             if record.crashes >= MAX_ATTEMPTS:
                 self.landed(record, "failed")
                 record.reason = "poison"
@@ -557,6 +566,8 @@ class Machine(RuleBasedStateMachine):
             del self.world.records[uri]
             self.world.payloads.pop(uri, None)
             assert self.rig.word(call) == "unknown"
+            # somebody else who looked at it, and wants it to run again
+            assert self.rig.word(self.rig.requeue(self.key(uri), old, self.rig.ticket(BatchRequest(uri)))) == "unknown"
 
     @precondition(lambda self: any(record.reason for record in self.world.records.values()))
     @rule(data=st.data(), what=st.sampled_from(["requeue", "discard"]))
@@ -889,6 +900,7 @@ class Machine(RuleBasedStateMachine):
         if holds:
             self.landed(record, "failed", negative=negative)
             record.negative, record.done_token, record.reason = negative, int(attempt.token), reason
+            record.note("failed")
             record.untold = {FollowUp.FAILURE, FollowUp.QUARANTINE} if reason else set()
             if up is not None:
                 record.untold.discard(FollowUp.FAILURE)
@@ -904,6 +916,7 @@ class Machine(RuleBasedStateMachine):
         if holds:
             self.back_in_line(record, ticket.job_id, delayed=delay > 0)
             record.retries += 1
+            record.note("retried")
             self.push(uri, ticket.job_id, record.priority, delayed=delay > 0)
             assert self.rig.word(call) == "already"
 
@@ -1102,6 +1115,9 @@ class Machine(RuleBasedStateMachine):
         assert stored.get("alias", "") == (self.key(record.alias) if record.alias else "")
         counts = [int(stored.get(name, 0)) for name in ("attempts", "crashes", "retries", "token")]
         assert counts == [record.attempts, record.crashes, record.retries, record.token]
+        shown = self.rig.ask(detail.inspect_call(self.rig.core, self.key(uri)))
+        noted = [(each.number, each.outcome) for each in shown.attempts if each.error is not None]
+        assert noted == sorted(record.tried.values())
         assert stored.get("quarantined", "") == record.reason
         if record.in_flight:
             assert int(stored["priority"]) == record.priority

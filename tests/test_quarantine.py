@@ -134,6 +134,26 @@ def test_a_list_is_read_a_hundred_in_a_round_trip(rm: Any, monkeypatch: pytest.M
     assert len(sent) == 3
 
 
+def test_a_page_is_two_round_trips_and_its_cursor_leads_to_the_next(
+    rm: Any, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (rm.quarantine.page().entries, rm.quarantine.page().cursor) == ((), "")
+    keys = [aside(rm, f"/page/{n}") for n in range(5)]
+    for n, key in enumerate(keys):
+        redis_client.zadd("arm:quarantine", {key: 1_000 + n})
+    with managers.round_trips(monkeypatch) as sent:
+        first = rm.quarantine.page(limit=2)
+    assert len(sent) == 2
+    assert (keys_of(first.entries), first.looked_at, first.total) == ([keys[4], keys[3]], 2, 5)
+    rm.quarantine.discard(keys[3])
+    second = rm.quarantine.page(cursor=first.cursor, limit=2)
+    assert keys_of(second.entries) == [keys[2], keys[1]], "what goes meanwhile leaves nothing out"
+    last = rm.quarantine.page(cursor=second.cursor, limit=2)
+    assert (keys_of(last.entries), last.cursor) == ([keys[0]], "")
+    with pytest.raises(InvalidRequest, match="limit"):
+        rm.quarantine.page(limit=501)
+
+
 def test_a_list_is_not_upset_by_what_moves_meanwhile(rm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rqarm.quarantine.PAGE", 2)
     keys = {aside(rm, f"/page/{n}") for n in range(7)}

@@ -360,7 +360,7 @@ def end_unseen(rig: Rig) -> None:
     rig.client.hset(rig.keys.status(key("B")), "state", "failed")
     rig.client.hdel(rig.keys.status(key("B")), "token", "exec", "lease_until")
     rig.client.zrem(rig.named("leases"), key("B"))
-    rig.client.zadd(rig.named("failures"), {key("B"): 1})
+    rig.client.zadd(rig.named("ended", state="failed"), {key("B"): 1})
     rig.client.delete(rig.named("aliases", key=key("B")))
 
 

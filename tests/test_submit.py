@@ -146,7 +146,7 @@ def test_a_completed_record_keeps_what_readers_see_and_what_repeats_are_known_by
     assert rig.word(rig.complete(attempt)) == "stored"
     assert rig.record(request.key).keys() == {
         "state", "uri", "request", "job_id", "queue", "priority", "sticky", "est_ms", "submitted_ms", "started_ms",
-        "ended_ms", "attempts", "retries", "worker", "done_token",
+        "ended_ms", "attempts", "retries", "worker", "done_token", "tried_1",
     }  # fmt: skip
     assert rig.client.hkeys(rig.named("result", key=request.key)) == [b"owner", b"envelope", b"bytes"]
 

@@ -120,6 +120,8 @@ def _overview(
 
 
 def _kind(packed: bytes) -> str:
+    if packed == b"redirect":
+        return "redirect"
     try:
         return str(unpack_envelope(packed).kind)
     except (CorruptResult, VersionSkew):

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, ClassVar
 
 from rqarm import packing
+from rqarm.browse.attempts import FIELD, AttemptView, attempts_of
 from rqarm.browse.claims import LimitUse, limit_use
 from rqarm.browse.events import Event
 from rqarm.calls import Batch, Call, Command
@@ -53,15 +54,17 @@ class PayloadView(View):
 class RequestDetail(View):
     """Everything that is known of one request.
 
-    ``request``: as it was submitted, None when it cannot be read here (``unreadable`` says why). ``original``: the URI
-    as it was given. ``steps``: why it has its key. ``timeline``: its events that are still kept and were found.
-    ``listeners``: processes that wait for it. ``expires``: None = nothing expires. Durations are seconds.
+    ``attempts``: what is known of each, with its error. ``request``: as it was submitted, None when it cannot be read
+    here (``unreadable`` says why). ``original``: the URI as it was given. ``steps``: why it has its key. ``timeline``:
+    its events that are still kept and were found. ``listeners``: processes that wait for it. ``expires``: None =
+    nothing expires. Durations are seconds.
     """
 
     key: Key
     status: BatchStatus
     seen: datetime
     timeline: tuple[Event, ...]
+    attempts: tuple[AttemptView, ...] = ()
     request: BatchRequest | None = None
     unreadable: str = ""
     original: str = ""
@@ -179,6 +182,7 @@ def _detail(
         status=status,
         seen=now,
         timeline=timeline,
+        attempts=attempts_of(status, stored, now),
         request=request,
         unreadable=unreadable,
         original=request.uri if request is not None else status.uri,
@@ -206,12 +210,12 @@ def _detail(
         result=_result_view(result) if result else None,
         payload_count=int(payload_count),
         payloads=tuple(_payload(row, values) for row in rows(payloads, 3)),
-        record={name: text_of(value) for name, value in stored.items() if name not in _UNREADABLE},
+        record={name: text_of(value) for name, value in stored.items() if not name.startswith(_UNREADABLE)},
     )
 
 
-#: fields of the record that are not text
-_UNREADABLE = ("request", "kwargs", "error", "recall", "recall_data")
+#: what the fields of the record begin with that are not text
+_UNREADABLE = ("request", "kwargs", "error", "recall", FIELD)
 
 
 def _request_of(packed: bytes | None, identity: bytes) -> tuple[BatchRequest | None, str]:

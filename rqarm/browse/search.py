@@ -23,13 +23,13 @@ LOOKS, LONGEST_PAGE = 1_000, 500
 QUARANTINED = "quarantined"
 #: where requests of a state are found, in the words of search.lua; newest first where the index knows
 PLACES: dict[str, str] = {
-    "": "in_progress pending -without_result -quarantined -completed",
+    "": "in_progress pending -failed -cancelled -quarantined -completed",
     State.UNKNOWN: "",
     State.PENDING: "pending",
     State.IN_PROGRESS: "in_progress",
     State.COMPLETED: "-completed",
-    State.FAILED: "-without_result -quarantined",
-    State.CANCELLED: "-without_result",
+    State.FAILED: "-failed -quarantined",
+    State.CANCELLED: "-cancelled",
     QUARANTINED: "-quarantined",
 }
 #: the orders of ``rm.cache.page``

@@ -20,7 +20,7 @@ class WorkerView(View):
     """An RQ worker that listens to one of our queues, as it said itself at its last heartbeat.
 
     ``keys``: the requests that it runs, looked for among the first 500 claims. ``job_id``: the job that RQ's tools
-    show. ``version``: of RQ.
+    show. ``version``: of RQ. ``rqarm_version``: "" of RQ's own worker, which tells none.
     """
 
     name: str
@@ -39,6 +39,7 @@ class WorkerView(View):
     version: str
     python_version: str
     stopping: bool
+    rqarm_version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ def _worker(name: str, record: dict[str, str], now: float, running: ClaimPage) -
         version=record.get("version", ""),
         python_version=record.get("python_version", ""),
         stopping="stopping" in record,
+        rqarm_version=record.get("rqarm_version", ""),
     )
 
 

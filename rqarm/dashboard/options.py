@@ -33,6 +33,8 @@ class Options:
     hosts: tuple[str, ...] = ()
     #: origins of other sites that may send changes, such as ``https://admin.example.com``
     origins: tuple[str, ...] = ()
+    #: address of the proxy in front, whose X-Forwarded-For and X-Forwarded-Proto are believed; ``*``: of any
+    trusted_proxy: str = ""
     #: seconds between two looks at the server while somebody watches
     interval: float = 2.0
     #: browsers that are fed by server-sent events at a time; each holds a thread. Others ask every few seconds

@@ -452,9 +452,11 @@ local function begin(key, fields, exec, worker, lease_ms)
   event('start', key, 'in_progress')
 end
 
--- Out of the quarantine, whatever the reason. Who has not been told of it by now will not be.
+-- Out of the quarantine and of the lists of what has ended, whatever the reason. Who has not been told by now will not be.
 local function readmit(key)
   redis.call('ZREM', quarantine_name(), key)
+  redis.pcall('ZREM', ended_name('failed'), key)
+  redis.pcall('ZREM', ended_name('cancelled'), key)
   redis.call('ZREM', unattended_name('failure'), key)
   redis.call('ZREM', unattended_name('quarantine'), key)
 end
@@ -481,6 +483,17 @@ local function attempt(fields)
   return unpack(values)
 end
 
+-- An attempt that failed is noted in the record, the newest ATTEMPTS_KEPT on a ring: as long as the record lives, and no
+-- longer. Netstrings: number, worker, when it began and ended, how, and the packed error. What completes leaves no note.
+local ATTEMPTS_KEPT = 10
+local function note_attempt(key, fields, word, err)
+  local number, note = tonumber(fields.attempts) or 0, ''
+  for _, value in ipairs({int(number), fields.worker or '', fields.started_ms or '', int(now_ms), word, err}) do
+    note = note .. #value .. ':' .. value
+  end
+  redis.call('HSET', status_name(key), 'tried_' .. number % ATTEMPTS_KEPT, note)
+end
+
 -- The end of a flight, whatever the end is: first for the others, then in the record.
 local function make_room(key, fields)
   leave_line(key, fields)
@@ -497,12 +510,12 @@ local function expire_at(name, deadline_ms)
   if deadline_ms then redis.call('PEXPIREAT', name, int(deadline_ms)) else redis.call('PERSIST', name) end
 end
 
--- Failed and cancelled requests that are not set aside, by the time of their end: only views read it. It holds the newest
--- and is not tidied; who reads looks at the record.
-local FAILURES_KEPT = 10000
-local function list_failure(key)
-  redis.pcall('ZADD', failures_name(), int(now_ms), key)
-  redis.pcall('ZREMRANGEBYRANK', failures_name(), 0, -FAILURES_KEPT - 1)
+-- Failed and cancelled requests that are not set aside, by the time of their end: only views read these. They hold the
+-- newest, `readmit` takes out what begins anew, and the sweep what has expired.
+local ENDED_KEPT = 10000
+local function list_ended(key, state)
+  redis.pcall('ZADD', ended_name(state), int(now_ms), key)
+  redis.pcall('ZREMRANGEBYRANK', ended_name(state), 0, -ENDED_KEPT - 1)
 end
 
 -- A record goes, with all that lies beside it but a result; and RQ's job, when one is given.
@@ -560,7 +573,7 @@ local function end_aliases(keys, state, err, negative_until)
     redis.call('HDEL', status, 'failure_ttl_ms')
     redis.call('PEXPIRE', status, int(math.max(kept_ms, (tonumber(negative_until or nil) or 0) - now_ms, 1)))
     redis.call('ZREM', redirected_name(), key)
-    list_failure(key)
+    list_ended(key, state)
     wake(key, state)
     event('alias', key, state)
   end

@@ -117,6 +117,11 @@ local function tidy()
   for _, key in ipairs(redis.call('ZRANGEBYSCORE', results_name(), '-inf', int(now_ms), 'LIMIT', 0, limit)) do
     if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key, 'expired') end
   end
+  for _, name in ipairs({ended_name('failed'), ended_name('cancelled')}) do
+    for _, key in ipairs(redis.call('ZRANGE', name, 0, limit - 1)) do
+      if redis.call('EXISTS', status_name(key)) == 0 then redis.call('ZREM', name, key) end
+    end
+  end
   trim_quarantine(keep, limit)
   -- Failures of which nobody wants to be told. Their scores are tickets, times in microseconds.
   for _, name in ipairs({unattended_name('failure'), unattended_name('quarantine')}) do
