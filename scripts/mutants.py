@@ -2,7 +2,7 @@
 
     python scripts/mutants.py [NAME ...] [--tests tests/test_transitions.py tests/test_model.py ...]
 
-Each mutant is the package with one piece of text replaced, in a copy. It is caught when the tests fail on it. Exit code
+Those of the worker name the tests that can notice them. Each mutant is the package with one piece of text replaced, in a copy. It is caught when the tests fail on it. Exit code
 1 when one lives, or when its text is no longer in the source: then write it anew, do not drop it.
 """
 
@@ -34,6 +34,8 @@ class Mutant:
     path: str
     old: str
     new: str
+    #: that can notice it, when it is not those of all
+    tests: tuple[str, ...] = ()
 
 
 MUTANTS = [
@@ -371,6 +373,48 @@ MUTANTS = [
         "asked = [key for key in waiting if key in woken] or tuple(waiting)",
         "asked = [key for key in waiting if key in woken]",
     ),
+    Mutant(
+        "horse-dies-when-nobody-can-connect",
+        "shell.py",
+        "            if connection is not None:\n                connection.disconnect()",
+        "            if connection is None:\n                raise\n            else:\n                connection.disconnect()",
+        ("tests/test_partition.py", "-k", "nobody_can_connect"),
+    ),
+    Mutant(
+        "guard-kills-nobody",
+        "worker/stable.py",
+        "if was_awake and any(",
+        "if False and any(",
+        ("tests/test_partition.py", "-k", "in_silence"),
+    ),
+    Mutant(
+        "guard-renews-nothing",
+        "worker/stable.py",
+        "self._renew([run for run in runs if not run.death and now - run.renewed >= due], now)",
+        "del due",
+        ("tests/test_partition.py", "-k", "half_open"),
+    ),
+    Mutant(
+        "old-master-is-asked-again",
+        "connect.py",
+        "if not self._sock:",
+        "if False:",
+        ("tests/test_failover.py", "-k", "old_master"),
+    ),
+    Mutant(
+        "clock-steps-untold",
+        "worker/rqworker.py",
+        "abs(self._offset - before) > self.settings.lease",
+        "False",
+        ("tests/test_clock.py", "-k", "put_forward"),
+    ),
+    Mutant(
+        "unreadable-counts-as-an-attempt",
+        "worker/horse.py",
+        "            with contextlib.suppress(LeaseLost):  # then somebody else sees to it\n",
+        "            if False:\n",
+        ("tests/test_versions.py",),
+    ),
 ]
 
 
@@ -402,7 +446,7 @@ def main() -> None:
     wanted = [mutant for mutant in MUTANTS if not options.names or mutant.name in options.names]
     alive = []
     for mutant in wanted:
-        is_caught = caught(mutant, options.tests)
+        is_caught = caught(mutant, list(mutant.tests) or options.tests)
         print(f"{'caught' if is_caught else 'ALIVE ':<8}{mutant.name}", flush=True)
         if not is_caught:
             alive.append(mutant.name)
