@@ -179,8 +179,8 @@ class Attempt:
 class Taken:
     """What a taker got: an attempt and the RQ list it came from ("" = it had it before); or why it got none.
 
-    ``reason``: ``empty``, ``foreign`` (a job of others is next, in ``list``) or ``suspended``. ``last_event`` comes
-    with ``empty``: where the events stood.
+    ``reason``: ``empty``, ``foreign`` (a job of others is next, in ``list``), ``suspended``, or ``spent`` (what this
+    execution took has ended: ask as another). ``last_event`` comes with ``empty``: where the events stood.
     """
 
     attempt: Attempt | None
@@ -525,12 +525,21 @@ class Calls:
         return self._call("start", key, (job_id, execution, worker, lease_ms, own_list, job), parse)
 
     def take(
-        self, lists: Sequence[str], execution: str, taker: str, worker: str, lease_ms: int, *, for_rq: bool = False
+        self,
+        lists: Sequence[str],
+        execution: str,
+        taker: str,
+        worker: str,
+        lease_ms: int,
+        *,
+        for_rq: bool = False,
+        is_last: bool = False,
     ) -> Call[Taken]:
         """Pop and start the next request of RQ's lists, in their order.
 
-        ``taker`` asks one at a time; the same ``execution`` again gets the same attempt. ``for_rq``: the taker is an RQ
-        worker, for which a job of others in front of a list is the next one, and which can be suspended.
+        ``taker`` asks one at a time; the same ``execution`` again gets the same attempt, or nothing when that has
+        ended. ``for_rq``: the taker is an RQ worker, for which a job of others in front of a list is the next one, and
+        which can be suspended. ``is_last``: a call of this ``execution`` that is still on its way starts nothing.
 
         Raises UnreadableRequest.
         """
@@ -545,7 +554,7 @@ class Calls:
             return Taken(None, word, list=_text(rest[0]) if rest else "")
 
         suspended = self.delivery.suspended if for_rq else ""
-        argv = (execution, taker, worker, lease_ms, self.delivery.job_prefix, suspended, *lists)
+        argv = (execution, taker, worker, lease_ms, self.delivery.job_prefix, suspended, int(is_last), *lists)
         return self._index_call("take", self.keys.named("leases"), argv, parse)
 
     def admit(

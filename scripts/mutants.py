@@ -343,6 +343,13 @@ MUTANTS = [
         "",
     ),
     Mutant("inspect-looks-at-the-end-only", "lua/inspect.lua", "if time ~= '' then note", "if false then note"),
+    Mutant("execution-starts-twice", "lua/take.lua", "  is_spent = not taken\n", ""),
+    Mutant(
+        "take-of-the-dead-stays-open",
+        "lua/take.lua",
+        "  redis.call('HSET', takers_name(), taker, exec .. ' ' .. NOTHING)\n",
+        "",
+    ),
     Mutant("value-of-another-claim", "listen.py", 'said if self.stands(waiter) else b""', "said"),
     Mutant("reader-leaves-nobody-behind", "listen.py", "next(iter(self._asleep)).ring()", "pass"),
     Mutant("waiter-reads-before-it-listens", "flows.py", "    else:\n        yield Watch(tuple(waiting))\n", ""),

@@ -49,7 +49,7 @@ start other         unknown     superseded  superseded  superseded  superseded  
 start repeated      unknown     started*    started*    started     superseded  started
 start own           unknown     started*    started*    superseded  superseded  superseded
 take new            empty       started*    empty       empty       empty       empty
-take repeated       empty       started*    empty       started     empty       started
+take repeated       empty       started*    spent       started     spent       started
 admit mine          lost        lost        lost        admitted*   lost        admitted*
 admit other         lost        lost        lost        lost        lost        lost
 admit same          lost        parked      parked      parked      parked      parked
@@ -122,7 +122,7 @@ start other         superseded  superseded  superseded  superseded  superseded  
 start repeated      superseded  superseded  superseded  started*    started*    started*    started*    superseded
 start own           superseded  superseded  superseded  superseded  superseded  superseded  superseded  superseded
 take new            empty       empty       empty       empty       empty       empty       empty       empty*
-take repeated       empty       empty       empty       empty       empty       empty       empty       empty*
+take repeated       spent       spent       spent       spent       spent       spent       spent       empty*
 admit mine          lost        lost        lost        lost        lost        lost        lost        lost
 admit other         lost        lost        lost        lost        lost        lost        lost        lost
 admit same          parked      parked      parked      parked      parked      parked      parked      parked
@@ -195,7 +195,7 @@ start other         superseded  superseded  superseded  superseded
 start repeated      started     started     started*    started*
 start own           superseded  superseded  started*    started*
 take new            empty       empty       started*    empty
-take repeated       started     started     started*    empty
+take repeated       started     started     spent       spent
 admit mine          admitted    parked*     lost        lost
 admit other         lost        lost        lost        lost
 admit same          parked      parked      parked      parked
@@ -268,7 +268,7 @@ start other         superseded  superseded
 start repeated      superseded  superseded
 start own           superseded  superseded
 take new            empty       empty
-take repeated       empty       empty
+take repeated       spent       spent
 admit mine          lost        lost
 admit other         lost        lost
 admit same          parked      parked
@@ -629,6 +629,14 @@ def _linked(rig: Rig) -> Call[Any]:
     return rig.calls.link(attempt.key, "00-1-2-01")
 
 
+def _spent(rig: Rig) -> Call[Any]:
+    lists = rig.jobs.lists("arm")
+    rig.seed("pending")
+    attempt = rig.ask(rig.take_any(lists, "horse.1", for_rq=True)).attempt
+    rig.reply(rig.complete(attempt))
+    return rig.take_any(lists, "horse.1", for_rq=True)
+
+
 SPECIAL: dict[tuple[str, str], tuple[Callable[[Rig], Call[Any]], str]] = {
     ("submit", "corrupt"): (_corrupt, "corrupt"),
     ("submit", "refused"): (_refused, "refused"),
@@ -647,6 +655,7 @@ SPECIAL: dict[tuple[str, str], tuple[Callable[[Rig], Call[Any]], str]] = {
     ("crash", "quarantined"): (_last_crash, "already"),
     ("take", "foreign"): (_foreign, "foreign"),
     ("take", "suspended"): (_suspended, "suspended"),
+    ("take", "spent"): (_spent, "spent"),
 }
 
 
@@ -1249,6 +1258,38 @@ def test_a_take_without_lists_finds_only_what_the_same_execution_took(rig: Rig) 
     found = rig.ask(rig.take_any((), "horse.1", for_rq=True))
     assert (found.attempt.key, found.attempt.token, found.list) == (seeded.key, attempt.token, "")
     assert rig.ask(rig.take_any((), "horse.2", for_rq=True)).attempt is None
+
+
+@pytest.mark.parametrize("end", ["complete", "fail", "release", "cancel"])
+def test_an_execution_starts_once(rig: Rig, end: str) -> None:
+    """A take of it that was sent before, behind an empty list, may come when what it is for has ended."""
+    lists = rig.jobs.lists("arm")
+    rig.seed("pending", "/first")
+    attempt = rig.ask(rig.take_any(lists, "horse.1", for_rq=True)).attempt
+    rig.seed("pending", "/second")
+    ends = {
+        "complete": lambda: rig.complete(attempt),
+        "fail": lambda: rig.fail(attempt),
+        "release": lambda: rig.calls.release(attempt, rig.front_ticket(attempt.request)),
+        "cancel": lambda: rig.calls.cancel(attempt.key),
+    }
+    rig.reply(ends[end]())
+    before = stored(rig)
+    assert rig.ask(rig.take_any(lists, "horse.1", for_rq=True)).reason == "spent"
+    assert rig.ask(rig.take_any(lists, "horse.1", for_rq=True, is_last=True)).reason == "spent"
+    assert stored(rig) == before, "a refusal writes nothing"
+    assert rig.ask(rig.take_any(lists, "horse.2", for_rq=True)).attempt is not None
+
+
+def test_an_execution_that_is_given_up_starts_nothing(rig: Rig) -> None:
+    """Whichever comes first, what a dead horse has sent or the question of its parent: nothing is taken in between."""
+    lists = rig.jobs.lists("arm")
+    assert rig.ask(rig.take_any((), "horse.1", for_rq=True, is_last=True)).reason == "empty"
+    rig.seed("pending")
+    assert rig.ask(rig.take_any(lists, "horse.1", for_rq=True)).reason == "spent"
+    attempt = rig.ask(rig.take_any(lists, "horse.2", for_rq=True)).attempt
+    found = rig.ask(rig.take_any((), "horse.2", for_rq=True, is_last=True))
+    assert found.attempt.token == attempt.token
 
 
 def test_two_takers_of_one_worker_do_not_forget_each_other(rig: Rig) -> None:
