@@ -57,7 +57,8 @@ MAX_PAYLOAD_ID_CHARS = 200
 class Watch:
     """From now to the end of the flow: hear of these keys. Answered when the subscription stands.
 
-    ``is_sure`` = False: answered at once, and what happens until the subscription stands may not be heard.
+    ``is_sure`` = False: answered at once, and what happens until the subscription stands may not be heard. Who asks for
+    the same keys again then waits for it to stand.
     """
 
     keys: tuple[Key, ...]
@@ -512,7 +513,8 @@ def take(core: Core, queue: str | None, taker: str, timeout: float | None) -> Fl
         left = RECHECK if deadline is None else min(RECHECK, deadline - core.clock())
         if left <= 0:
             return None
-        yield core.calls.next_events(taken.last_event, ms(left))
+        if taken.reason != "spent":  # it ended while the reply was lost
+            yield core.calls.next_events(taken.last_event, ms(left))
 
 
 def start(core: Core, key: Key, job_id: str, worker: str, execution: str = "") -> Flow[Attempt | State]:

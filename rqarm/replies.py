@@ -71,8 +71,8 @@ class Attempt:
 class Taken:
     """What a taker got: an attempt and the RQ list it came from ("" = it had it before); or why it got none.
 
-    ``reason``: ``empty``, ``foreign`` (a job of others is next, in ``list``) or ``suspended``. ``last_event`` comes
-    with ``empty``: where the events stood.
+    ``reason``: ``empty``, ``foreign`` (a job of others is next, in ``list``), ``suspended``, or ``spent`` (what this
+    execution took has ended: ask as another). ``last_event`` comes with ``empty``: where the events stood.
     """
 
     attempt: Attempt | None

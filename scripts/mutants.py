@@ -2,8 +2,9 @@
 
     python scripts/mutants.py [NAME ...] [--tests tests/test_transitions.py tests/test_model.py ...]
 
-Those of the worker name the tests that can notice them. Each mutant is the package with one piece of text replaced, in a copy. It is caught when the tests fail on it. Exit code
-1 when one lives, or when its text is no longer in the source: then write it anew, do not drop it.
+Each mutant is the package with one piece of text replaced, in a copy. It is caught when the tests fail on it. Those of
+the worker name the tests that can notice them. Exit code 1 when one lives, or when its text is no longer in the source:
+then write it anew, do not drop it.
 """
 
 from __future__ import annotations
@@ -364,6 +365,13 @@ MUTANTS = [
     Mutant("retry-leaves-no-note", "lua/retry.lua", "note_attempt(key, claim, 'retried', err)\n", ""),
     Mutant("attempt-of-nobody", "lua/crash.lua", ", 'worker', 'started_ms')", ")"),
     Mutant("inspect-looks-at-the-end-only", "lua/inspect.lua", "if time ~= '' then note", "if false then note"),
+    Mutant("execution-starts-twice", "lua/take.lua", "  is_spent = not taken\n", ""),
+    Mutant(
+        "take-of-the-dead-stays-open",
+        "lua/take.lua",
+        "  redis.call('HSET', takers_name(), taker, exec .. ' ' .. NOTHING)\n",
+        "",
+    ),
     Mutant("value-of-another-claim", "listen.py", 'said if self.stands(waiter) else b""', "said"),
     Mutant("reader-leaves-nobody-behind", "listen.py", "next(iter(self._asleep)).ring()", "pass"),
     Mutant("waiter-reads-before-it-listens", "flows.py", "    else:\n        yield Watch(tuple(waiting))\n", ""),
@@ -377,7 +385,8 @@ MUTANTS = [
         "horse-dies-when-nobody-can-connect",
         "shell.py",
         "            if connection is not None:\n                connection.disconnect()",
-        "            if connection is None:\n                raise\n            else:\n                connection.disconnect()",
+        "            if connection is None:\n                raise\n"
+        "            else:\n                connection.disconnect()",
         ("tests/test_partition.py", "-k", "nobody_can_connect"),
     ),
     Mutant(
