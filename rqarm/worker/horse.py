@@ -139,6 +139,8 @@ class Lane:
         self._horse, self.index = horse, index
         self.number = 0
         self.next: Attempt | None = None
+        #: the next turn was asked for, and nobody knows whether the server has given it
+        self.is_unanswered = False
         self._is_promised = False
 
     def promise(self, holds: bool) -> None:
@@ -154,7 +156,9 @@ class Lane:
     def took(self, taken: Taken | Exception) -> str:
         """What was taken is next; else why nothing was. Raises what the server refused with."""
         self.promise(False)
+        self.is_unanswered = True
         attempt, reason = self._horse.took(taken)
+        self.is_unanswered = False
         if attempt is not None or isinstance(taken, UnreadableRequest):
             self.number += 1
         if attempt is not None:
@@ -316,6 +320,15 @@ class Horse:
         except (RedisError, RqarmError) as error:
             log.warning("%s: not handed back, its lease ends: %s", attempt.key, error)
 
+    def give_up(self, lane: int, number: int) -> None:
+        """A turn that was asked for and never answered: should the server have given it, it goes back."""
+        try:
+            taken = self.manager.shell.execute(self.take(lane, number, lists=()))
+            if taken.attempt is not None:
+                self.manager.shell.run(flows.release(self.core, taken.attempt))
+        except (RedisError, RqarmError) as error:
+            log.warning("a request may be lost to us until its lease ends: %s", error)
+
     def hand_back(self) -> None:
         """Release what cannot be read here. Raises RedisError, RqarmError."""
         while self.unread:
@@ -379,18 +392,9 @@ class OneHorse(Horse):
         finally:
             waiting.close()
         while self._unanswered:
-            self._give_up(self._unanswered.pop())
+            number = self._unanswered.pop()
+            self.give_up(number % self.board.lanes, number)
         return reason
-
-    def _give_up(self, number: int) -> None:
-        """What was asked for and never answered: should the server have given it, it goes back."""
-        lane = number % self.board.lanes
-        try:
-            taken = self.manager.shell.execute(self.take(lane, number, lists=()))
-            if taken.attempt is not None:
-                self.manager.shell.run(flows.release(self.core, taken.attempt))
-        except (RedisError, RqarmError) as error:
-            log.warning("a request may be lost to us until its lease ends: %s", error)
 
     def _serve(self, order: Order, waiting: Waiting) -> str:
         while True:
