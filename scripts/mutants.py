@@ -2,7 +2,7 @@
 
     python scripts/mutants.py [NAME ...] [--tests tests/test_transitions.py tests/test_model.py ...]
 
-Each mutant is the package with one piece of text replaced, in a copy. It is caught when the tests fail on it. Those of
+Each mutant is the package with one piece of text replaced, in a copy. It is caught when the tests fail on it; those of
 the worker name the tests that can notice them. Exit code 1 when one lives, or when its text is no longer in the source:
 then write it anew, do not drop it.
 """
@@ -385,9 +385,15 @@ MUTANTS = [
         "horse-dies-when-nobody-can-connect",
         "shell.py",
         "            if connection is not None:\n                connection.disconnect()",
-        "            if connection is None:\n                raise\n"
-        "            else:\n                connection.disconnect()",
+        "            assert connection is not None\n            if True:\n                connection.disconnect()",
         ("tests/test_partition.py", "-k", "nobody_can_connect"),
+    ),
+    Mutant(
+        "lanes-forget-what-they-asked-for",
+        "worker/horse.py",
+        "        self.is_unanswered = True\n",
+        "",
+        ("tests/test_crash_points.py", "-k", "costs_no_execution and completed-3"),
     ),
     Mutant(
         "guard-kills-nobody",
