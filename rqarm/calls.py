@@ -330,12 +330,21 @@ class Calls:
         return self._call("start", key, (job_id, execution, worker, lease_ms, own_list, job), parse)
 
     def take(
-        self, lists: Sequence[str], execution: str, taker: str, worker: str, lease_ms: int, *, for_rq: bool = False
+        self,
+        lists: Sequence[str],
+        execution: str,
+        taker: str,
+        worker: str,
+        lease_ms: int,
+        *,
+        for_rq: bool = False,
+        is_last: bool = False,
     ) -> Call[Taken]:
         """Pop and start the next request of RQ's lists, in their order.
 
-        ``taker`` asks one at a time; the same ``execution`` again gets the same attempt. ``for_rq``: the taker is an RQ
-        worker, for which a job of others in front of a list is the next one, and which can be suspended.
+        ``taker`` asks one at a time; the same ``execution`` again gets the same attempt, or nothing when that has
+        ended. ``for_rq``: the taker is an RQ worker, for which a job of others in front of a list is the next one, and
+        which can be suspended. ``is_last``: a call of this ``execution`` that is still on its way starts nothing.
 
         Raises UnreadableRequest.
         """
@@ -350,7 +359,7 @@ class Calls:
             return Taken(None, word, list=text_of(rest[0]) if rest else "")
 
         suspended = self.delivery.suspended if for_rq else ""
-        argv = (execution, taker, worker, lease_ms, self.delivery.job_prefix, suspended, *lists)
+        argv = (execution, taker, worker, lease_ms, self.delivery.job_prefix, suspended, int(is_last), *lists)
         return self.index_call("take", self.keys.named("leases"), argv, parse)
 
     def admit(

@@ -57,7 +57,8 @@ MAX_PAYLOAD_ID_CHARS = 200
 class Watch:
     """From now to the end of the flow: hear of these keys. Answered when the subscription stands.
 
-    ``is_sure`` = False: answered at once, and what happens until the subscription stands may not be heard.
+    ``is_sure`` = False: answered at once, and what happens until the subscription stands may not be heard. Who asks for
+    the same keys again then waits for it to stand.
     """
 
     keys: tuple[Key, ...]
@@ -261,7 +262,7 @@ def result(core: Core, key: str, timeout: float | None = 0) -> Flow[Any]:
     found: Found = yield core.calls.read(key, with_value=True)
     if found.status.state.in_flight and timeout != 0:
         found = yield from _wait_for(core, key, timeout)
-    return (yield from _value(core, found))
+    return (yield from found_value(core, found))
 
 
 def get(core: Core, request: BatchRequest | str, timeout: float | None = None) -> Flow[Any]:
@@ -270,7 +271,7 @@ def get(core: Core, request: BatchRequest | str, timeout: float | None = None) -
     if not isinstance(answer, BatchStatus):
         return answer
     found = yield from _wait_for(core, answer.key, timeout, is_fresh=answer.outcome is Outcome.NEW)
-    return (yield from _value(core, found))
+    return (yield from found_value(core, found))
 
 
 def get_or_submit(
@@ -288,7 +289,7 @@ def get_or_submit(
         if found.stored is not None and found.stored.inline is not None:
             return True, found.status.value
         if found.stored is not None:
-            return True, (yield from _value(core, found))
+            return True, (yield from found_value(core, found))
     except CorruptResult:
         found = yield from _submitted(core, request, packed, True)
     if value_only and found.status.outcome in (Outcome.NEGATIVE, Outcome.REFUSED):
@@ -296,7 +297,8 @@ def get_or_submit(
     return False, found.status
 
 
-def _value(core: Core, found: Found) -> Flow[Any]:
+def found_value(core: Core, found: Found) -> Flow[Any]:
+    """The value of what was found. Raises what its state means when it has none."""
     if found.status.state is not State.COMPLETED:
         raise _unsuccessful(found.status)
     if found.stored is None:
@@ -511,7 +513,8 @@ def take(core: Core, queue: str | None, taker: str, timeout: float | None) -> Fl
         left = RECHECK if deadline is None else min(RECHECK, deadline - core.clock())
         if left <= 0:
             return None
-        yield core.calls.next_events(taken.last_event, ms(left))
+        if taken.reason != "spent":  # it ended while the reply was lost
+            yield core.calls.next_events(taken.last_event, ms(left))
 
 
 def start(core: Core, key: Key, job_id: str, worker: str, execution: str = "") -> Flow[Attempt | State]:

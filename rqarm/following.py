@@ -15,7 +15,7 @@ from typing import Any
 from rqarm import packing
 from rqarm.calls import EMITTED_MAX
 from rqarm.errors import EmissionTooLarge, RequestLost, RequestUnknown, RqarmError, WaitTimeout
-from rqarm.flows import RECHECK, Core, Emit, Flow, Listen, Watch, _value, sweep_if_due
+from rqarm.flows import RECHECK, Core, Emit, Flow, Listen, Watch, found_value, sweep_if_due
 from rqarm.keys import Keys
 from rqarm.model import Key, State
 from rqarm.replies import Attempt, Followed
@@ -133,7 +133,7 @@ def _as_its_root(core: Core, seen: Followed, root: Key, known: _Known) -> Flow[F
 def _end(core: Core, key: Key, seen: Followed) -> Flow[FollowEvent]:
     attempts = seen.found.status.attempts
     try:
-        value = yield from _value(core, seen.found)
+        value = yield from found_value(core, seen.found)
     except RqarmError as error:
         return FollowEvent(FollowKind.ERROR, key, attempts, error=error)
     return FollowEvent(FollowKind.RESULT, key, attempts, value=value)

@@ -139,6 +139,10 @@ class Watching(_Waiter):
         self._listener.until(self, lambda: bool(self.woken), timeout)
         return self.take()
 
+    def confirm(self) -> None:
+        """Sleep until the subscription stands. Raises redis TimeoutError when it does not in time."""
+        self._listener.confirm(self)
+
     def ring(self) -> None:
         if self.bell is not None:
             self.bell.notify()
@@ -182,8 +186,8 @@ class Listener:
         try:
             with self._lock:
                 self._send("SUBSCRIBE", self._ledger.enter(watching))
-            if is_sure and not self.until(watching, lambda: self._ledger.stands(watching), CONFIRM):
-                raise redis.exceptions.TimeoutError(UNCONFIRMED)
+            if is_sure:
+                self.confirm(watching)
             yield watching
         finally:
             with self._lock:
@@ -200,6 +204,11 @@ class Listener:
                 self._unread.wait_for(lambda: not self._is_read, CONFIRM)
             if not self._is_read:
                 self._drop()
+
+    def confirm(self, watching: Watching) -> None:
+        """Sleep until its subscription stands. Raises redis TimeoutError."""
+        if not self.until(watching, lambda: self._ledger.stands(watching), CONFIRM):
+            raise redis.exceptions.TimeoutError(UNCONFIRMED)
 
     def until(self, watching: Watching, is_there: Callable[[], bool], timeout: float) -> bool:
         """Sleep until it is there, at most ``timeout`` seconds. Whether it is."""
@@ -299,18 +308,24 @@ if hasattr(os, "register_at_fork"):
 class AsyncWatching(_Waiter):
     """One waiting coroutine. Made by ``AsyncListener.watch``."""
 
-    def __init__(self, keys: Sequence[Key]) -> None:
+    def __init__(self, keys: Sequence[Key], ledger: _Ledger[AsyncWatching]) -> None:
         super().__init__(keys)
+        self._ledger = ledger
         self._event = asyncio.Event()
 
     async def wait(self, timeout: float) -> dict[Key, bytes]:
         """Sleep until a watched key wakes, at most ``timeout`` seconds. Which woke since the last call, and what was
         said.
         """
-        await self.until(lambda: bool(self.woken), timeout)
+        await self._until(lambda: bool(self.woken), timeout)
         return self.take()
 
-    async def until(self, is_there: Callable[[], bool], timeout: float) -> bool:
+    async def confirm(self) -> None:
+        """Sleep until the subscription stands. Raises redis TimeoutError when it does not in time."""
+        if not await self._until(lambda: self._ledger.stands(self), CONFIRM):
+            raise redis.exceptions.TimeoutError(UNCONFIRMED)
+
+    async def _until(self, is_there: Callable[[], bool], timeout: float) -> bool:
         """Sleep until it is there, at most ``timeout`` seconds. Whether it is."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
@@ -343,14 +358,14 @@ class AsyncListener:
 
         Raises redis TimeoutError when it does not stand in time.
         """
-        watching = AsyncWatching(keys)
+        watching = AsyncWatching(keys, self._ledger)
         try:
             channels = self._ledger.enter(watching)
             if self._task is None:
                 self._task = asyncio.create_task(self._read(), name="rqarm-listener")
             await self._send("SUBSCRIBE", channels)
-            if is_sure and not await watching.until(lambda: self._ledger.stands(watching), CONFIRM):
-                raise redis.exceptions.TimeoutError(UNCONFIRMED)
+            if is_sure:
+                await watching.confirm()
             yield watching
         finally:
             await self._send("UNSUBSCRIBE", self._ledger.leave(watching))

@@ -71,8 +71,8 @@ class Attempt:
 class Taken:
     """What a taker got: an attempt and the RQ list it came from ("" = it had it before); or why it got none.
 
-    ``reason``: ``empty``, ``foreign`` (a job of others is next, in ``list``) or ``suspended``. ``last_event`` comes
-    with ``empty``: where the events stood.
+    ``reason``: ``empty``, ``foreign`` (a job of others is next, in ``list``), ``suspended``, or ``spent`` (what this
+    execution took has ended: ask as another). ``last_event`` comes with ``empty``: where the events stood.
     """
 
     attempt: Attempt | None
@@ -399,9 +399,8 @@ def _reason(word: bytes | None) -> str:
 
 def moment(unix_ms: Any) -> datetime | None:
     """A time in Unix ms; None for none, and for the server's -1 and -2."""
-    if not unix_ms or int(unix_ms) < 0:
-        return None
-    return datetime.fromtimestamp(int(unix_ms) / 1000, UTC)
+    at_ms = int(unix_ms) if unix_ms else -1
+    return datetime.fromtimestamp(at_ms / 1000, UTC) if at_ms >= 0 else None
 
 
 def read_stored(key: Key, values: list[bytes | None]) -> Stored | None:

@@ -152,6 +152,8 @@ class Shell:
                 try:
                     if isinstance(step, Emit):
                         yield step.item
+                    elif isinstance(step, Watch) and watching is not None and watching.keys == step.keys:
+                        watching.confirm()
                     elif isinstance(step, Watch):
                         watching = stack.enter_context(self._listening().watch(step.keys, step.is_sure))
                     elif isinstance(step, Listen):
@@ -236,6 +238,18 @@ class Shell:
         if replies is None or any(isinstance(reply, NoScriptError) for reply in replies):
             return list(self.execute(sent.batch))
         return self._wire.read_all(sent.batch, replies)
+
+    def packed(self, connection: Any, *commands: Call[Any] | tuple[Any, ...]) -> list[bytes]:
+        """Commands and calls in the bytes of a connection, for who sends them by himself and reads by ``answer``."""
+        packed: list[bytes] = connection.pack_commands(
+            [self._wire.argv(command) if isinstance(command, Call) else command for command in commands]
+        )
+        return packed
+
+    def answer(self, call: Call[T], connection: Any) -> T:
+        """The answer to a call that was sent on this connection, which is read now. Raises its error."""
+        answer: T = self._wire.read(call, _reply(connection))
+        return answer
 
     def _exchange(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         """The raw replies to commands of which redis-py knows nothing anyway. Its client and its pipeline take several
@@ -322,6 +336,8 @@ class AsyncShell:
                 try:
                     if isinstance(step, Emit):
                         yield step.item
+                    elif isinstance(step, Watch) and watching is not None and watching.keys == step.keys:
+                        await watching.confirm()
                     elif isinstance(step, Watch):
                         watching = await stack.enter_async_context(self._listening().watch(step.keys, step.is_sure))
                     elif isinstance(step, Listen):

@@ -2,8 +2,9 @@
 
     python scripts/mutants.py [NAME ...] [--tests tests/test_transitions.py tests/test_model.py ...]
 
-Each mutant is the package with one piece of text replaced, in a copy. It is caught when the tests fail on it. Exit code
-1 when one lives, or when its text is no longer in the source: then write it anew, do not drop it.
+Each mutant is the package with one piece of text replaced, in a copy. It is caught when the tests fail on it. Those of
+the worker name the tests that can notice them. Exit code 1 when one lives, or when its text is no longer in the source:
+then write it anew, do not drop it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Mutant:
     path: str
     old: str
     new: str
+    #: that can notice it, when it is not those of all
+    tests: tuple[str, ...] = ()
 
 
 MUTANTS = [
@@ -172,7 +175,7 @@ MUTANTS = [
     Mutant(
         "load-is-never-given-back",
         "lua/prelude.lua",
-        "if est_ms > 0 then add_load(fields.queue, fields.slot, int(-est_ms)) end",
+        "    elseif est_ms > 0 then\n      add_load(fields.queue, fields.slot, int(-est_ms))\n",
         "",
     ),
     Mutant(
@@ -362,6 +365,13 @@ MUTANTS = [
     Mutant("retry-leaves-no-note", "lua/retry.lua", "note_attempt(key, claim, 'retried', err)\n", ""),
     Mutant("attempt-of-nobody", "lua/crash.lua", ", 'worker', 'started_ms')", ")"),
     Mutant("inspect-looks-at-the-end-only", "lua/inspect.lua", "if time ~= '' then note", "if false then note"),
+    Mutant("execution-starts-twice", "lua/take.lua", "  is_spent = not taken\n", ""),
+    Mutant(
+        "take-of-the-dead-stays-open",
+        "lua/take.lua",
+        "  redis.call('HSET', takers_name(), taker, exec .. ' ' .. NOTHING)\n",
+        "",
+    ),
     Mutant("value-of-another-claim", "listen.py", 'said if self.stands(waiter) else b""', "said"),
     Mutant("reader-leaves-nobody-behind", "listen.py", "next(iter(self._asleep)).ring()", "pass"),
     Mutant("waiter-reads-before-it-listens", "flows.py", "    else:\n        yield Watch(tuple(waiting))\n", ""),
@@ -370,6 +380,49 @@ MUTANTS = [
         "flows.py",
         "asked = [key for key in waiting if key in woken] or tuple(waiting)",
         "asked = [key for key in waiting if key in woken]",
+    ),
+    Mutant(
+        "horse-dies-when-nobody-can-connect",
+        "shell.py",
+        "            if connection is not None:\n                connection.disconnect()",
+        "            if connection is None:\n                raise\n"
+        "            else:\n                connection.disconnect()",
+        ("tests/test_partition.py", "-k", "nobody_can_connect"),
+    ),
+    Mutant(
+        "guard-kills-nobody",
+        "worker/stable.py",
+        "if was_awake and any(",
+        "if False and any(",
+        ("tests/test_partition.py", "-k", "in_silence"),
+    ),
+    Mutant(
+        "guard-renews-nothing",
+        "worker/stable.py",
+        "self._renew([run for run in runs if not run.death and now - run.renewed >= due], now)",
+        "del due",
+        ("tests/test_partition.py", "-k", "half_open"),
+    ),
+    Mutant(
+        "old-master-is-asked-again",
+        "connect.py",
+        "if not self._sock:",
+        "if False:",
+        ("tests/test_failover.py", "-k", "old_master"),
+    ),
+    Mutant(
+        "clock-steps-untold",
+        "worker/rqworker.py",
+        "abs(self._offset - before) > self.settings.lease",
+        "False",
+        ("tests/test_clock.py", "-k", "put_forward"),
+    ),
+    Mutant(
+        "unreadable-counts-as-an-attempt",
+        "worker/horse.py",
+        "            with contextlib.suppress(LeaseLost):  # then somebody else sees to it\n",
+        "            if False:\n",
+        ("tests/test_versions.py",),
     ),
 ]
 
@@ -402,7 +455,7 @@ def main() -> None:
     wanted = [mutant for mutant in MUTANTS if not options.names or mutant.name in options.names]
     alive = []
     for mutant in wanted:
-        is_caught = caught(mutant, options.tests)
+        is_caught = caught(mutant, list(mutant.tests) or options.tests)
         print(f"{'caught' if is_caught else 'ALIVE ':<8}{mutant.name}", flush=True)
         if not is_caught:
             alive.append(mutant.name)

@@ -155,9 +155,16 @@ class Rig:
         return replace(call, parse=parse)
 
     def take_any(
-        self, lists: Sequence[str], execution: str = "", worker: str = "me", *, for_rq: bool = False
+        self,
+        lists: Sequence[str],
+        execution: str = "",
+        worker: str = "me",
+        *,
+        for_rq: bool = False,
+        is_last: bool = False,
     ) -> Call[Taken]:
-        return self.calls.take(lists, execution or secrets.token_hex(8), worker, worker, LEASE_MS, for_rq=for_rq)
+        execution = execution or secrets.token_hex(8)
+        return self.calls.take(lists, execution, worker, worker, LEASE_MS, for_rq=for_rq, is_last=is_last)
 
     def complete(
         self,
@@ -364,6 +371,7 @@ class Rig:
             case "quarantined":
                 for _ in range(self.settings.max_attempts - 1):
                     assert self.word(self.crash(request.key, attempt.token, self.ticket(request))) == "requeued"
+                    execution = secrets.token_hex(8)
                     attempt = self.ask(self.take(execution))
                 assert self.word(self.crash(request.key, attempt.token, self.ticket(request))) == "quarantined"
             case "cancelled":

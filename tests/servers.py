@@ -234,7 +234,7 @@ class FaultProxy:
             link = _Link(self, client, server)
             with self._lock:
                 self._links.add(link)
-            link.start()
+                link.start()
 
     def _fault_at(self, sender: int, name: str) -> _Fault | None:
         """Count a command; what breaks at it if it is the chosen one."""

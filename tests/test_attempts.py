@@ -171,6 +171,38 @@ def test_a_take_without_lists_finds_only_what_the_same_execution_took(rig: Rig) 
     assert rig.ask(rig.take_any((), "horse.2", for_rq=True)).attempt is None
 
 
+@pytest.mark.parametrize("end", ["complete", "fail", "release", "cancel"])
+def test_an_execution_starts_once(rig: Rig, end: str) -> None:
+    """A take of it that was sent before, behind an empty list, may come when what it is for has ended."""
+    lists = rig.jobs.lists("arm")
+    rig.seed("pending", "/first")
+    attempt = rig.ask(rig.take_any(lists, "horse.1", for_rq=True)).attempt
+    rig.seed("pending", "/second")
+    ends = {
+        "complete": lambda: rig.complete(attempt),
+        "fail": lambda: rig.fail(attempt),
+        "release": lambda: rig.calls.release(attempt, rig.front_ticket(attempt.request)),
+        "cancel": lambda: rig.calls.cancel(attempt.key),
+    }
+    rig.reply(ends[end]())
+    before = stored(rig)
+    assert rig.ask(rig.take_any(lists, "horse.1", for_rq=True)).reason == "spent"
+    assert rig.ask(rig.take_any(lists, "horse.1", for_rq=True, is_last=True)).reason == "spent"
+    assert stored(rig) == before, "a refusal writes nothing"
+    assert rig.ask(rig.take_any(lists, "horse.2", for_rq=True)).attempt is not None
+
+
+def test_an_execution_that_is_given_up_starts_nothing(rig: Rig) -> None:
+    """Whichever comes first, what a dead horse has sent or the question of its parent: nothing is taken in between."""
+    lists = rig.jobs.lists("arm")
+    assert rig.ask(rig.take_any((), "horse.1", for_rq=True, is_last=True)).reason == "empty"
+    rig.seed("pending")
+    assert rig.ask(rig.take_any(lists, "horse.1", for_rq=True)).reason == "spent"
+    attempt = rig.ask(rig.take_any(lists, "horse.2", for_rq=True)).attempt
+    found = rig.ask(rig.take_any((), "horse.2", for_rq=True, is_last=True))
+    assert found.attempt.token == attempt.token
+
+
 def test_two_takers_of_one_worker_do_not_forget_each_other(rig: Rig) -> None:
     rig.seed("pending", "/a")
     rig.seed("pending", "/b")

@@ -16,7 +16,7 @@ import servers
 from audit import server_ms
 from servers import eventually
 
-from rqarm import BatchRequest, RequestManager, State, flows
+from rqarm import BatchRequest, Outcome, RequestManager, State, flows
 from rqarm.calls import Batch, Swept, ms
 from rqarm.flows import Flow
 
@@ -121,3 +121,34 @@ def test_thousands_of_leases_that_lapse_at_once_are_swept_in_small_steps(rm: Req
     statuses = rm.queue()
     assert {status.state for status in statuses} == {State.PENDING}
     assert {rm.connection.hget(f"arm:status:{status.key}", "crashes") for status in statuses[:100]} == {b"1"}
+
+
+def test_a_server_that_evicts_takes_results_and_nothing_in_flight() -> None:
+    """Row 30: ``volatile-lru``. What has no TTL stays: what waits, what runs, and what is sticky."""
+    with (
+        servers.throwaway(servers.VALKEY or servers.REDIS) as server,
+        RequestManager(server.url, allow_volatile=True) as rm,
+    ):
+        client = rm.connection
+        rm.submit_many(next_uri() for _ in range(50))
+        lease = rm.queues.next_request()
+        assert lease is not None
+        rm.cache.put(BatchRequest("/sticky", sticky=True), os.urandom(10_000))
+        client.config_set("maxmemory-policy", "volatile-lru")
+        client.config_set("maxmemory", client.info("memory")["used_memory"] + (2 << 20))
+        keys = []
+        for n in range(400):
+            rm.cache.put(f"/cached/{n}", os.urandom(20_000))
+            keys.append(BatchRequest(f"/cached/{n}").key)
+        gone = [key for key in keys if not rm.cache.is_ready(key)]
+        assert len(gone) >= 100, "nothing was evicted"
+        assert rm.cache.is_ready(BatchRequest("/sticky").key)
+        again = rm.submit(f"/cached/{keys.index(gone[0])}")
+        assert again.outcome is Outcome.NEW
+        lease.finish(1)
+        taken = {lease.key}
+        while (lease := rm.queues.next_request()) is not None:
+            lease.finish(1)
+            taken.add(lease.key)
+        assert len(taken) == 51
+        assert client.info("stats")["evicted_keys"] >= 100

@@ -95,6 +95,13 @@ def test_the_table_of_exit_codes_is_that_of_the_command_line() -> None:
     assert shown == {0, common.FAILURE, common.USAGE, common.NOT_READY, common.NO_SERVER, common.INTERRUPTED}
 
 
+def test_the_modules_of_internals_exist() -> None:
+    for _, where in rows(text_of("internals.md"), "## Where a line belongs"):
+        for name in codes(where):
+            place = ROOT / "rqarm" / (name if name.endswith(".lua") else name.replace(".", "/"))
+            assert place.exists() or place.with_suffix(".py").exists(), name
+
+
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +160,19 @@ def test_the_table_of_counters_has_every_word_that_the_scripts_count() -> None:
         counted[family].add(word)
     for family, words in counted.items():
         assert shown[f"arm:stats:{family}"] == words, family
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_fault_is_there_and_each_test_that_it_names_exists() -> None:
+    lines = [line for line in text_of("faults.md").split("## The rows", 1)[1].splitlines() if re.match(r"\| \d", line)]
+    shown = {int(line.split("|")[1]): re.findall(r"`(test_\w+\.py)::(test_\w+)`", line) for line in lines}
+    assert list(shown) == list(range(1, 76))
+    assert [number for number, tests in shown.items() if not tests] == [28]
+    for number, tests in shown.items():
+        for file, name in tests:
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text("utf-8"), f"row {number}: {file}::{name}"
 
 
 # --- transitions ------------------------------------------------------------------------------------------------------

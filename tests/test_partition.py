@@ -1,4 +1,4 @@
-"""Workers that lose their server without being told: half-open connections, partitions, flapping."""
+"""Workers that lose their server without being told: half-open connections, partitions, flapping, no place left."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import servers
 from audit import audit, server_ms
+from commands import command
 from servers import FaultProxy, eventually, short_directory
-from workers import Crew, crew, is_alive
+from workers import APP, Crew, crew, in_environment, is_alive
 
 from rqarm import State, embedded
 
 pytestmark = pytest.mark.faults
 
 LEASE = 3.0
+#: how often the network goes away
+AWAY = 5
 
 
 @pytest.fixture
@@ -135,27 +139,70 @@ def test_a_network_that_comes_and_goes_stops_nothing_for_long(
     """Row 47: half a second each. There is progress whenever it is there, and no storm when it is not."""
     through(team, proxy, home.url, lease=8)
     through(team, proxy, home.url, lease=8)
-    keys = [status.key for status in team.rm.submit_many([f"/soak/{n}" for n in range(40)])]
-    switch, phases, tried = threading.Event(), 0, 0
+    keys = [status.key for status in team.rm.submit_many([f"/soak/{n}" for n in range(30)])]
+    pause, tried = threading.Event(), 0
 
     def ended() -> int:
         return sum(event.verb == "complete" for event in team.rm.events("0", timeout=0))
 
-    while ended() < len(keys):
-        assert phases < 40, f"{ended()} of {len(keys)} have ended"
+    for _ in range(AWAY):
         before = ended()
         eventually(lambda before=before: ended() > before, 10, "there is progress")  # type: ignore[misc]
+        accepted = proxy.accepted
         proxy.refuse = True
         proxy.reset_all()
-        accepted = proxy.accepted
-        switch.wait(0.5)
-        tried += proxy.accepted - accepted
+        pause.wait(0.5)
         proxy.refuse = False
-        phases += 1
-    assert phases >= 4, "it has hardly been away"
-    assert tried / phases < 100, "a storm of connections"
+        tried += proxy.accepted - accepted
+    assert ended() < len(keys), "it was hardly away"
+    assert tried < 100 * AWAY, "a storm of connections"
     statuses = team.settle(*keys)
     assert {status.state for status in statuses} == {State.COMPLETED}
     assert {team.field(key, "crashes") or b"0" for key in keys} == {b"0"}
     assert all(worker.lives for worker in team.workers)
     check(team, *keys)
+
+
+def test_a_slow_network_costs_no_lease(home: embedded.PrivateServer, proxy: FaultProxy, team: Crew) -> None:
+    """Row 45: each command takes 200 ms."""
+    through(team, proxy, home.url)
+    proxy.delay = 0.2
+    keys = [team.rm.submit(uri).key for uri in ("/nap/1", "/add/1/2", "/turn/slow")]
+    horse = int(team.note("running-slow-1"))
+    until = {team.field(keys[2], "lease_until")}
+    eventually(lambda: until.add(team.field(keys[2], "lease_until")) or len(until) >= 4, 20, "it is renewed and again")
+    team.let_go("slow-1")
+    statuses = team.settle(*keys)
+    assert {status.attempts for status in statuses} == {1}
+    assert is_alive(horse)
+    assert team.rm.cache.stats().executions.get("crashed", 0) == 0
+    check(team, *keys)
+
+
+# -- no place left
+
+
+def test_a_server_without_a_free_connection_lets_new_workers_wait_and_keeps_the_old(tmp_path: Path) -> None:
+    """Row 40."""
+    with (
+        servers.throwaway(servers.VALKEY or servers.REDIS) as server,
+        crew(server.url, tmp_path, lease=LEASE) as team,
+    ):
+        worker, client = team.hire(), team.rm.connection
+        keys = [team.rm.submit("/nap/1").key]
+        for n in range(3):
+            keys += [status.key for status in team.rm.submit_many([f"/soak/{5 * n + m}" for m in range(5)])]
+            team.settle(*keys)
+            eventually(lambda: client.info("clients")["blocked_clients"] == 3, 20, "all its connections are open")
+        client.config_set("maxclients", client.info("clients")["connected_clients"])
+        options = ("--handlers", str(APP), "--no-scheduler")
+        with command(server.url, team.directory, *options, **in_environment(team.settings)) as late:
+            eventually(lambda: client.info("stats")["rejected_connections"] >= 5, 30, "it asks again")
+            keys += [status.key for status in team.rm.submit_many([f"/soak/{n}" for n in range(15, 30)])]
+            team.settle(*keys)
+            assert "refused" not in worker.log.read_text()
+            client.config_set("maxclients", 100)
+            worker.stop()
+            keys.append(team.rm.submit("/add/1/2").key)
+            assert team.rm.result(keys[-1], timeout=30) == 3, late.said
+        check(team, *keys)

@@ -36,7 +36,7 @@ start other         unknown     superseded  superseded  superseded  superseded  
 start repeated      unknown     started*    started*    started     superseded  started
 start own           unknown     started*    started*    superseded  superseded  superseded
 take new            empty       started*    empty       empty       empty       empty
-take repeated       empty       started*    empty       started     empty       started
+take repeated       empty       started*    spent       started     spent       started
 admit mine          lost        lost        lost        admitted*   lost        admitted*
 admit other         lost        lost        lost        lost        lost        lost
 admit same          lost        parked      parked      parked      parked      parked
@@ -109,7 +109,7 @@ start other         superseded  superseded  superseded  superseded  superseded  
 start repeated      superseded  superseded  superseded  started*    started*    started*    started*    superseded
 start own           superseded  superseded  superseded  superseded  superseded  superseded  superseded  superseded
 take new            empty       empty       empty       empty       empty       empty       empty       empty*
-take repeated       empty       empty       empty       empty       empty       empty       empty       empty*
+take repeated       spent       spent       spent       spent       spent       spent       spent       empty*
 admit mine          lost        lost        lost        lost        lost        lost        lost        lost
 admit other         lost        lost        lost        lost        lost        lost        lost        lost
 admit same          parked      parked      parked      parked      parked      parked      parked      parked
@@ -182,7 +182,7 @@ start other         superseded  superseded  superseded  superseded
 start repeated      started     started     started*    started*
 start own           superseded  superseded  started*    started*
 take new            empty       empty       started*    empty
-take repeated       started     started     started*    empty
+take repeated       started     started     spent       spent
 admit mine          admitted    parked*     lost        lost
 admit other         lost        lost        lost        lost
 admit same          parked      parked      parked      parked
@@ -255,7 +255,7 @@ start other         superseded  superseded
 start repeated      superseded  superseded
 start own           superseded  superseded
 take new            empty       empty
-take repeated       empty       empty
+take repeated       spent       spent
 admit mine          lost        lost
 admit other         lost        lost
 admit same          parked      parked
@@ -498,6 +498,14 @@ def _linked(rig: Rig) -> Call[Any]:
     return rig.calls.link(attempt.key, "00-1-2-01")
 
 
+def _spent(rig: Rig) -> Call[Any]:
+    lists = rig.jobs.lists("arm")
+    rig.seed("pending")
+    attempt = rig.ask(rig.take_any(lists, "horse.1", for_rq=True)).attempt
+    rig.reply(rig.complete(attempt))
+    return rig.take_any(lists, "horse.1", for_rq=True)
+
+
 #: (verb, word) -> how to bring it about, and what the repeat answers; None = it writes, so the repeat differs
 SPECIAL: dict[tuple[str, str], tuple[Callable[[Rig], Call[Any]], str]] = {
     ("submit", "corrupt"): (_corrupt, "corrupt"),
@@ -518,6 +526,7 @@ SPECIAL: dict[tuple[str, str], tuple[Callable[[Rig], Call[Any]], str]] = {
     ("crash", "quarantined"): (last_crash, "already"),
     ("take", "foreign"): (_foreign, "foreign"),
     ("take", "suspended"): (_suspended, "suspended"),
+    ("take", "spent"): (_spent, "spent"),
 }
 
 

@@ -326,8 +326,11 @@ local function leave_line(key, fields)
   local pending = pending_name(fields.queue)
   if fields.state ~= 'in_progress' and redis.call('ZREM', pending, key) == 1 then
     local est_ms = tonumber(fields.est_ms) or 0
-    if est_ms > 0 then add_load(fields.queue, fields.slot, int(-est_ms)) end
-    if redis.call('ZCARD', pending) == 0 then redis.call('DEL', load_name(fields.queue)) end
+    if redis.call('ZCARD', pending) == 0 then
+      redis.call('DEL', load_name(fields.queue))
+    elseif est_ms > 0 then
+      add_load(fields.queue, fields.slot, int(-est_ms))
+    end
   end
 end
 
@@ -810,9 +813,14 @@ end
 
 -- A result becomes visible: value, state, index and wake-up in one step.
 local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks, envelope, bytes)
-  local old = redis.call('HGET', result_name(key), 'owner')
-  if old and old ~= owner then drop_result(key) end
-  if old then redis.call('DEL', result_name(key)) end
+  -- An earlier one stands in the index, also when it has expired and the sweep has not looked; its size must not count for
+  -- ever.
+  if redis.call('ZADD', sizes_name(), 'NX', size_bytes, key) == 0 then
+    local old = redis.call('HGET', result_name(key), 'owner')
+    if old and old ~= owner then drop_result(key) else drop_index(key, 'expired') end
+    redis.call('DEL', result_name(key))
+    redis.call('ZADD', sizes_name(), size_bytes, key)
+  end
   local is_small = chunks == 0
   redis.call('HSET', result_name(key), 'owner', owner, 'envelope', envelope, is_small and 'bytes' or 'chunks',
     is_small and bytes or chunks)
@@ -821,11 +829,6 @@ local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks
   -- Of a flight only what readers see stays, and what a repeated submit or complete is known by.
   redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress', 'error', 'quarantined', 'note', 'negative_until', 'kwargs', 'ticket', 'slot', 'ttl_ms',
     'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms', 'hops', 'trace', 'popped')
-  -- One that has expired stands in the indexes until the sweep looks; its size must not count for ever.
-  if redis.call('ZADD', sizes_name(), 'NX', size_bytes, key) == 0 then
-    drop_index(key, 'expired')
-    redis.call('ZADD', sizes_name(), size_bytes, key)
-  end
   local deadline_ms = not sticky and now_ms + ttl_ms or nil
   expire_together(key, owner, chunks, deadline_ms)
   add_bytes(size_bytes, sticky)
@@ -838,11 +841,13 @@ local function learn(family, run_ms)
   local runtimes = stats_name('runtime')
   local known = redis.call('HMGET', runtimes, '*', family)
   local function mean(before) return int(before and before + NEWEST * (run_ms - before) or run_ms) end
-  local learned = {'*', mean(tonumber(known[1] or nil))}
+  local all, mine = mean(tonumber(known[1] or nil)), mean(tonumber(known[2] or nil))
+  if known[1] == all and known[2] == mine then return end
   if known[2] or redis.call('HLEN', runtimes) < MOST_FAMILIES then
-    learned[3], learned[4] = family, mean(tonumber(known[2] or nil))
+    redis.call('HSET', runtimes, '*', all, family, mine)
+  else
+    redis.call('HSET', runtimes, '*', all)
   end
-  redis.call('HSET', runtimes, unpack(learned))
 end
 
 -- Tags stand in the record with a line break before and behind each.

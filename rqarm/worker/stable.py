@@ -31,7 +31,7 @@ from rqarm.shell import sibling
 from rqarm.worker import equipment, execution
 from rqarm.worker.board import Board, Turn
 from rqarm.worker.execution import WorkHorseDied
-from rqarm.worker.horse import PLACES, Order, execution_id, gallop, taker
+from rqarm.worker.horse import PLACES, Order, execution_id, gallop, taken_as, taker
 from rqarm.worker.limits import TimeLimit
 from rqarm.worker.patience import pause_after
 from rqarm.worker.processes import kill_group
@@ -521,17 +521,15 @@ class Stable:
         """What the horse had taken but not yet shown: no handler has seen it."""
         board = horse.board
         found = [
-            self.worker.patiently(lambda turn=turn: self._taken_as(board, *turn))  # type: ignore[misc]
+            self.worker.patiently(lambda turn=turn: self._taken_as(board, *turn, is_dead=True))  # type: ignore[misc]
             for turn in self._unshown(board)
         ]
         return [attempt for attempt in found if attempt is not None]
 
-    def _taken_as(self, board: Board, lane: int, number: int) -> Attempt | None:
-        """What the horse has taken to be this turn."""
-        name = self.worker.name
-        call = self.manager.core.calls.take(
-            (), execution_id(board.nonce, lane, number), taker(name, lane), name, ms(self.settings.lease), for_rq=True
-        )
+    def _taken_as(self, board: Board, lane: int, number: int, *, is_dead: bool = False) -> Attempt | None:
+        """What the horse has taken to be this turn. If it is dead, what it has sent takes nothing any more."""
+        name, execution = self.worker.name, execution_id(board.nonce, lane, number)
+        call = taken_as(self.manager.core, execution, taker(name, lane), name, is_last=is_dead)
         try:
             taken: Taken = self.manager.shell.execute(call)
         except UnreadableRequest as unread:
