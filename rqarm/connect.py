@@ -86,7 +86,8 @@ def open_client(url: str, *, for_waiting: bool = False) -> redis.Redis:
     client: redis.Redis
     if target.sentinels:
         sentinel = _Sentinel(target.sentinels, sentinel_kwargs=target.sentinel_options(Retry(NoBackoff(), 0)))
-        client = sentinel.master_for(target.service, **options)
+        over = _MasterOverTls if options.pop("ssl", False) else _Master
+        client = sentinel.master_for(target.service, connection_class=over, **options)
     else:
         client = redis.Redis.from_url(target.url, **options)
     _check_options(url, client.connection_pool)
@@ -103,7 +104,8 @@ def open_async_client(url: str, *, for_waiting: bool = False) -> redis.asyncio.R
             target.sentinels,
             sentinel_kwargs=target.sentinel_options(redis.asyncio.retry.Retry(NoBackoff(), 0)),
         )
-        client = sentinel.master_for(target.service, redis_class=_AsyncSentinelClient, **options)
+        over = _AsyncMasterOverTls if options.pop("ssl", False) else _AsyncMaster
+        client = sentinel.master_for(target.service, redis_class=_AsyncSentinelClient, connection_class=over, **options)
     else:
         client = redis.asyncio.Redis.from_url(target.url, **options)
     _check_options(url, client.connection_pool)
@@ -229,6 +231,34 @@ class _Target:
             "retry": retry,
             **(self.sentinel_login or {}),
         }
+
+
+class _Master(redis.sentinel.SentinelManagedConnection):
+    """Asks the Sentinels each time it connects. redis-py (8.1) does so for the first time only: what it sends again
+    goes to the address of before, for a minute, when the old master is silent and not dead.
+    """
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        if not self._sock:
+            self.connect_to(self.connection_pool.get_master_address())  # type: ignore[no-untyped-call]
+        super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
+
+
+class _MasterOverTls(_Master, redis.sentinel.SentinelManagedSSLConnection):
+    pass
+
+
+class _AsyncMaster(redis.asyncio.sentinel.SentinelManagedConnection):
+    """The same for asyncio."""
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        if not self.is_connected:
+            await self.connect_to(await self.connection_pool.get_master_address())  # type: ignore[no-untyped-call]
+        await super().send_packed_command(command, check_health)
+
+
+class _AsyncMasterOverTls(_AsyncMaster, redis.asyncio.sentinel.SentinelManagedSSLConnection):
+    pass
 
 
 class _AsyncSentinelClient(redis.asyncio.Redis):

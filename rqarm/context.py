@@ -11,13 +11,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from rqarm import codec
+from rqarm import packing
 from rqarm.errors import InvalidRequest, LeaseLost, RqarmError
 from rqarm.model import Key
 from rqarm.request import BatchRequest, as_request
 
 if TYPE_CHECKING:
-    from rqarm.handlers import Resources
+    from rqarm.resources import Resources
 
 #: a progress bar needs no more than this, and each report is a write to Redis
 SECONDS_BETWEEN_REPORTS = 1.0
@@ -36,7 +36,7 @@ class RetryLater(Exception):
     def __init__(self, delay: float | None = None, kwargs: Mapping[str, Any] | None = None) -> None:
         if delay is not None and not 0 <= delay < math.inf:
             raise ValueError(f"delay must be 0 or more seconds, not {delay!r}")
-        codec.pack_arguments(dict(kwargs or {}))
+        packing.pack_arguments(dict(kwargs or {}))
         super().__init__("at once" if delay == 0 else f"after {delay:g} s" if delay else "after the route's interval")
         self.delay = delay
         self.kwargs: Mapping[str, Any] = MappingProxyType(dict(kwargs or {}))
@@ -49,7 +49,7 @@ class SetAside(Exception):
     """
 
     def __init__(self, message: str = "", info: Mapping[str, Any] | None = None) -> None:
-        self.packed_info = codec.pack_arguments(dict(info or {}))
+        self.packed_info = packing.pack_arguments(dict(info or {}))
         super().__init__(message)
         self.message = message
         self.info: Mapping[str, Any] = MappingProxyType(dict(info or {}))

@@ -81,6 +81,13 @@ class WaitTimeout(ResultNotReady, TimeoutError):
         self.key, self.state, self.timeout = key, state, timeout
 
 
+class Refused(ResultNotReady):
+    """The queue is at its limit; nothing was accepted. Try again later."""
+
+    def __init__(self, key: str, queue: str) -> None:
+        super().__init__(key, f"refused, queue {queue!r} is at its limit (max_pending)")
+
+
 class RequestFailed(RqarmError):
     """The request ended without a result. ``error`` holds type, message and traceback of the handler's error."""
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from rqarm import codec
-from rqarm.calls import EMITTED_MAX, Attempt, Followed
+from rqarm import packing
+from rqarm.calls import EMITTED_MAX
 from rqarm.errors import EmissionTooLarge, RequestLost, RequestUnknown, RqarmError, WaitTimeout
-from rqarm.flows import RECHECK, Core, Emit, Flow, Listen, Watch, _value, sweep_if_due
+from rqarm.flows import RECHECK, Core, Emit, Flow, Listen, Watch, found_value, sweep_if_due
 from rqarm.keys import Keys
 from rqarm.model import Key, State
+from rqarm.replies import Attempt, Followed
 from rqarm.request import BatchRequest
 from rqarm.uri import check_key
 
@@ -70,7 +71,7 @@ class FollowEvent:
 
 def pack_emission(value: Any) -> bytes:
     """Raises UnpackableResult, EmissionTooLarge."""
-    packed = codec.pack(value)
+    packed = packing.pack(value)
     if len(packed) > EMITTED_MAX:
         raise EmissionTooLarge(len(packed), EMITTED_MAX)
     return packed
@@ -111,7 +112,7 @@ def follow(core: Core, request: BatchRequest | str, timeout: float | None) -> Fl
         left = RECHECK if deadline is None else min(RECHECK, deadline - core.clock())
         if left <= 0:
             raise WaitTimeout(key, status.state, timeout or 0.0)
-        woken: set[Key] = yield Listen(left)
+        woken: dict[Key, bytes] = yield Listen(left)
         if not woken:
             # as in every wait: nobody may be there to notice that a worker died. When it fails, the wait goes on.
             with contextlib.suppress(Exception):
@@ -132,7 +133,7 @@ def _as_its_root(core: Core, seen: Followed, root: Key, known: _Known) -> Flow[F
 def _end(core: Core, key: Key, seen: Followed) -> Flow[FollowEvent]:
     attempts = seen.found.status.attempts
     try:
-        value = yield from _value(core, seen.found)
+        value = yield from found_value(core, seen.found)
     except RqarmError as error:
         return FollowEvent(FollowKind.ERROR, key, attempts, error=error)
     return FollowEvent(FollowKind.RESULT, key, attempts, value=value)
@@ -168,5 +169,5 @@ class _Known:
             yield FollowEvent(FollowKind.DROPPED, self.key, attempt, count=lost)
         for number, packed in enumerate(seen.values, seen.first):
             self.number = number
-            value = codec.unpack(packed)
+            value = packing.unpack(packed)
             yield FollowEvent(FollowKind.EMITTED, self.key, attempt, value=value, number=number)

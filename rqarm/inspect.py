@@ -24,12 +24,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rqarm.calls import Batch, Census
+from rqarm.calls import Batch
 from rqarm.flows import Core, Flow
-from rqarm.model import Key
+from rqarm.model import Key, View
+from rqarm.replies import Census
 from rqarm.uri import redact
 from rqarm.version import __version__
 
@@ -217,7 +218,7 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
-class Overview:
+class Overview(View):
     """One look at a namespace. Counters count since the namespace began."""
 
     at: float
@@ -247,11 +248,6 @@ class Overview:
     #: subscriptions to the end of a request: of one process and one key each; None when the server does not say
     waiters: int | None
     attention: tuple[Attention, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON types, with what is computed (ratios, sums)."""
-        document: dict[str, Any] = plain(self)
-        return document
 
 
 def overview(core: Core) -> Flow[Overview]:
@@ -358,7 +354,7 @@ def _int(family: Mapping[str, str], field: str) -> int:
 
 
 def _ring(family: Mapping[str, str], now: int) -> dict[int, Counter[str]]:
-    """Minute -> word -> count, from the ring; see ``tally`` in lua/prelude.lua. What is older is left over."""
+    """Minute -> word -> count, from the ring; see ``add_up`` in lua/prelude.lua. What is older is left over."""
     series: dict[int, Counter[str]] = {now - ago: Counter() for ago in range(MINUTES)}
     for field, value in family.items():
         slot, _, word = field.partition(":")
@@ -524,18 +520,3 @@ def _server_attention(server: Server | None) -> Iterable[Attention]:
         if server.evicted_keys:
             text = f"the server has thrown out {server.evicted_keys} keys since it started, to make room"
             yield Attention("warning", "evictions", text)
-
-
-# -- JSON
-
-
-def plain(value: Any) -> Any:
-    """JSON types; a dataclass is its fields and its properties."""
-    if is_dataclass(value) and not isinstance(value, type):
-        computed = [name for name, member in vars(type(value)).items() if isinstance(member, property)]
-        return {name: plain(getattr(value, name)) for name in (*(field.name for field in fields(value)), *computed)}
-    if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    return value

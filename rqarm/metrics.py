@@ -121,6 +121,16 @@ def _executions(found: Overview) -> Iterator[Metric]:
     )
     yield _histogram("run_seconds", "Run time of attempts that completed or failed, by queue.", found, "run_seconds")
     yield _histogram("wait_seconds", "Time that they waited in line before, by queue.", found, "wait_seconds")
+    yield _counter(
+        "clock_steps_total",
+        "Steps of the server's clock by more than a lease, counted by each worker that has seen one.",
+        found.sweeps.get("clock_steps", 0),
+    )
+    yield _counter(
+        "leases_clamped_total",
+        "Leases that ended too far ahead, because the server's clock was put back, and were shortened.",
+        found.sweeps.get("clamped", 0),
+    )
     yield _gauge("leases_overdue", "Executions whose worker is silent beyond its lease.", found.overdue)
     yield _gauge("lease_overdue_seconds", "For how long the first of them is overdue.", found.overdue_seconds)
 

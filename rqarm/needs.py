@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from rqarm import bulk, flows
-from rqarm.calls import Attempt, Batch, Found, Redirection, ms
+from rqarm.calls import Batch, ms
 from rqarm.context import Needed
 from rqarm.errors import AliasesFull, CorruptResult, NeedLoop
 from rqarm.flows import PARK_DELAY, Core, Flow
 from rqarm.model import BatchStatus, Outcome, Priority, State
+from rqarm.replies import Attempt, Found, Redirection
 from rqarm.request import BatchRequest
 from rqarm.uri import redact
 

@@ -14,14 +14,19 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from rqarm import codec
-from rqarm.calls import Batch, Call, QuarantineEntry
+from rqarm import packing
+from rqarm.calls import Batch, Call
 from rqarm.context import SetAside
 from rqarm.errors import InvalidRequest, NoHandler, ResultTooLarge, UnpackableResult
 from rqarm.flows import Core, Emit, Flow
-from rqarm.handlers import AppRefusal, Match, Route, takes
+from rqarm.handlers import Match
 from rqarm.model import Key, Reason, State
+from rqarm.mounts import AppRefusal
+from rqarm.replies import QuarantineEntry
+from rqarm.routes import Route
 from rqarm.shell import AsyncShell, Shell, same_docs
+from rqarm.templates import takes
+from rqarm.text import name_of
 from rqarm.uri import check_key, redact
 
 #: entries that one round trip reads; a traceback has 16 KiB at the most
@@ -55,8 +60,8 @@ def note_for(match: Match | None, kwargs: dict[str, Any], error: BaseException |
     if match is not None:
         note["route"] = match.route.name
     if isinstance(error, SetAside):
-        note["info"] = codec.unpack(error.packed_info)
-    return codec.pack(note)
+        note["info"] = packing.unpack(error.packed_info)
+    return packing.pack(note)
 
 
 # -- flows
@@ -173,7 +178,7 @@ def _pages(keys: list[Key]) -> Iterator[list[Key]]:
 def _filter(route: str | None, exception: ErrorType | None, reason: str | None) -> Callable[[QuarantineEntry], bool]:
     name = exception
     if isinstance(exception, type):
-        name = f"{exception.__module__}.{exception.__qualname__}".removeprefix("builtins.")
+        name = name_of(exception)
 
     def is_wanted(entry: QuarantineEntry) -> bool:
         if reason is not None and entry.reason != reason:

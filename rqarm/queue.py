@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
-from rqarm import codec, flows, following, followups, redirects
-from rqarm.calls import Attempt
+from rqarm import flows, following, followups, packing, redirects
 from rqarm.flows import Core
 from rqarm.model import Key, Reason, State, Token
+from rqarm.replies import Attempt
 from rqarm.request import BatchRequest
 from rqarm.shell import AsyncShell, Shell, same_docs
 
@@ -154,7 +154,7 @@ class Queues:
 
 
 def _packed(name: str, error: BaseException | str) -> bytes:
-    return codec.pack_error(name, error, "") if isinstance(error, str) else codec.pack_error(error)
+    return packing.pack_error(name, error, "") if isinstance(error, str) else packing.pack_error(error)
 
 
 def _failing(
@@ -167,7 +167,7 @@ def _failing(
 ) -> flows.Flow[None]:
     packed, note, reason = _packed("Failed", error), b"", ""
     if quarantine:
-        reason, note = Reason.ASKED, codec.pack_arguments({"kwargs": attempt.kwargs, "info": info})
+        reason, note = Reason.ASKED, packing.pack_arguments({"kwargs": attempt.kwargs, "info": info})
     yield from flows.fail(core, attempt, packed, negative_ttl=negative_ttl, reason=reason, note=note)
 
 

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from rqarm import flows
-from rqarm.calls import Attempt, NextUp, Redirection, ms
+from rqarm.calls import NextUp, ms
 from rqarm.context import Redirected
 from rqarm.errors import (
     AliasesFull,
     CorruptResult,
     RedirectLoop,
+    Refused,
     RequestCancelled,
     RequestFailed,
     RequestLost,
@@ -26,6 +27,7 @@ from rqarm.errors import (
 )
 from rqarm.flows import Core, Flow
 from rqarm.model import BatchStatus, Outcome, Priority, State
+from rqarm.replies import Attempt, Redirection
 from rqarm.request import BatchRequest, as_request
 from rqarm.uri import redact
 
@@ -91,7 +93,7 @@ def redirect(
             return came.word
         status: BatchStatus = yield from flows.submit(core, request, again=again)
         if status.outcome is Outcome.REFUSED:
-            raise flows.Refused(status.key, status.queue)
+            raise Refused(status.key, status.queue)
         is_submitted = True
     raise RequestLost(key)
 

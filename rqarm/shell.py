@@ -21,12 +21,13 @@ from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from rqarm import connect
-from rqarm.calls import Batch, Call, Command, foreign_data
+from rqarm.calls import Batch, Call, Command
 from rqarm.config import Settings
 from rqarm.errors import ConfigError, RqarmError
 from rqarm.flows import Emit, Flow, Listen, Step, Watch
 from rqarm.keys import Keys
 from rqarm.listen import AsyncListener, AsyncWatching, Listener, Watching
+from rqarm.replies import foreign_data
 from rqarm.scripts import Script
 
 T = TypeVar("T")
@@ -208,13 +209,15 @@ class Shell:
 
     def send(self, batch: Batch[Any]) -> Sent:
         """Ask now and read later, by ``receive``: the server works meanwhile. For calls, in a batch that settles."""
-        connection = self._kept.pop() if self._kept else self.client.connection_pool.get_connection()
+        connection = None
         try:
+            connection = self._kept.pop() if self._kept else self.client.connection_pool.get_connection()
             commands = [self._wire.argv(step) for step in batch.steps]
             connection.send_packed_command(connection.pack_commands(commands))
         except (redis.exceptions.RedisError, OSError):
-            connection.disconnect()
-            self.client.connection_pool.release(connection)
+            if connection is not None:
+                connection.disconnect()
+                self.client.connection_pool.release(connection)
             return Sent(batch, None)
         return Sent(batch, connection)
 

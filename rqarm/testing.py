@@ -19,15 +19,19 @@ import pytest
 import redis
 
 from rqarm import embedded, flows
-from rqarm.calls import Attempt, Taken, ms
+from rqarm.browse import listing
+from rqarm.calls import ms
 from rqarm.connect import open_client
 from rqarm.context import Context, Needed, Redirected
 from rqarm.errors import RqarmError
-from rqarm.handlers import Handlers, Resources
+from rqarm.handlers import Handlers
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
+from rqarm.replies import Attempt, Taken
 from rqarm.request import BatchRequest, as_request
-from rqarm.worker.execution import Drive, Execution, Hold, serving
+from rqarm.resources import Resources
+from rqarm.worker.equipment import serving
+from rqarm.worker.execution import Drive, Execution, Hold
 
 #: under which drain works
 WORKER = "rqarm.testing"
@@ -111,7 +115,7 @@ def _next(manager: RequestManager, with_delayed: bool, parked: set[Key]) -> Atte
     if taken.attempt is not None or not with_delayed:
         return taken.attempt
     for queue in queues:
-        for status in run(flows.pending(core, queue)):
+        for status in run(listing.pending(core, queue)):
             _, job_id = manager.shell.execute(core.calls.ticket(status.key))
             started = None if status.key in parked else run(flows.start(core, status.key, job_id, WORKER))
             if started is not None and not isinstance(started, State):

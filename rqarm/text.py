@@ -55,6 +55,12 @@ def size(count: int) -> str:
     return f"{amount:.1f} {units[0]}" if amount != count else f"{count} B"
 
 
+def name_of(thing: Any) -> str:
+    """The full name of a function or class: its module and name; of a built-in one the name alone."""
+    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    return f"{module}.{name}".removeprefix("builtins.") if module and name else repr(thing)
+
+
 # -- for JSON
 
 

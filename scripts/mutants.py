@@ -19,8 +19,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
-    "tests/test_transitions.py", "tests/test_limits.py", "tests/test_model.py", "tests/test_execution.py",
-    "tests/test_waiting.py", "tests/test_browse.py", "tests/test_redirects.py", "tests/test_callbacks.py",
+    "tests/test_transitions.py", "tests/test_submit.py", "tests/test_results.py", "tests/test_attempts.py",
+    "tests/test_healing.py", "tests/test_line.py", "tests/test_emissions.py", "tests/test_limits.py",
+    "tests/test_model.py", "tests/test_execution.py", "tests/test_waiting.py", "tests/test_browse.py",
+    "tests/test_redirects.py", "tests/test_callbacks.py",
 ]  # fmt: skip
 HELD = "if claim.state ~= 'in_progress' or claim.token ~= token then"
 NOT_FENCED = "if claim.state ~= 'in_progress' then"
@@ -84,7 +86,12 @@ MUTANTS = [
         "vacate(key, fields.limit) end\n  redis.call('ZREM', leases_name(), key)\nend",
         "vacate(key, fields.limit) end\nend",
     ),
-    Mutant("no-wake-up", "lua/prelude.lua", "sticky)\n  wake(key, 'completed')\n", "sticky)\n"),
+    Mutant(
+        "no-wake-up",
+        "lua/prelude.lua",
+        "sticky)\n  wake(key, 'completed', is_small and envelope, bytes)\n",
+        "sticky)\n",
+    ),
     Mutant("commit-of-a-torn-result", "lua/complete.lua", "if missing > 0 then", "if false then"),
     Mutant(
         "chunks-keep-their-short-life",
@@ -310,7 +317,7 @@ MUTANTS = [
     ),
     Mutant(
         "search-tells-secrets",
-        "browse.py",
+        "browse/search.py",
         "shown = redact(entry.uri, core.settings.secret_params).lower()",
         "shown = entry.uri.lower()",
     ),
@@ -360,6 +367,8 @@ MUTANTS = [
         "",
     ),
     Mutant("inspect-looks-at-the-end-only", "lua/inspect.lua", "if time ~= '' then note", "if false then note"),
+    Mutant("value-of-another-claim", "listen.py", 'said if self.stands(waiter) else b""', "said"),
+    Mutant("reader-leaves-nobody-behind", "listen.py", "next(iter(self._asleep)).ring()", "pass"),
     Mutant("waiter-reads-before-it-listens", "flows.py", "    else:\n        yield Watch(tuple(waiting))\n", ""),
     Mutant(
         "waiter-trusts-the-wake-up",

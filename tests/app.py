@@ -90,6 +90,13 @@ def wait(request: BatchRequest, context: Context, name: str) -> str:
     return f"{name} {context.attempt}"
 
 
+@handlers.route("/nap/{n:int}")
+def nap(request: BatchRequest, context: Context, n: int) -> int:
+    """Runs for longer than a renewal of a lease of 2 s."""
+    time.sleep(0.8)
+    return n
+
+
 @handlers.route("/turn/{name}")
 def turn(request: BatchRequest, context: Context, name: str) -> int:
     """As ``wait``, but each attempt is let go on its own."""

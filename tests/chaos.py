@@ -173,7 +173,8 @@ class Report:
 class Load:
     """``distinct`` requests, each submitted ``times`` times by each client; ``work``: seconds of a handler.
 
-    ``window``: requests that a client has under way at the most; 0 = it submits all at once.
+    ``window``: requests that a client has under way at the most; 0 = it submits all at once. ``patience``: seconds that
+    it has for all of them.
     """
 
     distinct: int = 500
@@ -181,6 +182,7 @@ class Load:
     clients: int = 4
     window: int = 40
     work: tuple[float, float] = (0.01, 0.05)
+    patience: float = 3 * PATIENCE
 
 
 class Stage:
@@ -269,7 +271,7 @@ class Stage:
         load = self.load
         for number in range(load.clients):
             seed = self.report.seed * 1000 + number
-            arguments = (seed, load.distinct, load.times, load.window, 3 * PATIENCE)
+            arguments = (seed, load.distinct, load.times, load.window, load.patience)
             with (self.directory / f"client-{number}.log").open("wb") as log:
                 self.clients.append(
                     subprocess.Popen(
@@ -315,7 +317,7 @@ class Stage:
         self.report.numbers |= {"seconds": round(time.monotonic() - self._began, 1)}
 
     def _clients_end(self) -> None:
-        deadline = time.monotonic() + 3 * PATIENCE
+        deadline = time.monotonic() + self.load.patience
         for number, client in enumerate(self.clients):
             with suppress(AssertionError):
                 self.until(lambda client=client: client.poll() is not None, "", deadline - time.monotonic())
@@ -503,7 +505,7 @@ def _kill(show: Stage) -> str:
 def stops(directory: Path, seed: int, count: int, distinct: int = 0) -> Report:
     """SIGSTOP of a worker, its horse or both beyond the lease, and SIGCONT: who comes too late is refused."""
     lease = 2.0
-    load = Load(distinct=distinct or max(60, 10 * count), window=2, work=(0.2, 3.0))
+    load = Load(distinct=distinct or max(60, 10 * count), window=2, work=(0.2, 3.0), patience=60 + 8 * count)
     with stage("stops", seed, directory, load, workers=4, lease=lease, crash_delays=(0.0, 0.5)) as show:
         show.open()
         numbers = Counter[str]()

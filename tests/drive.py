@@ -15,24 +15,13 @@ from typing import Any
 import redis
 from redis.exceptions import NoScriptError
 
-from rqarm import codec, flows, followups
-from rqarm.calls import (
-    Attempt,
-    Batch,
-    Call,
-    Command,
-    Found,
-    NextUp,
-    ParkingTicket,
-    QuarantineEntry,
-    Redirection,
-    Taken,
-    Ticket,
-)
+from rqarm import codec, flows, followups, packing
+from rqarm.calls import Batch, Call, Command, NextUp, ParkingTicket, Ticket
 from rqarm.config import Settings
 from rqarm.flows import Core, Emit, Flow
 from rqarm.keys import Keys
 from rqarm.model import FollowUp, Key, Priority, State, Token
+from rqarm.replies import Attempt, Found, QuarantineEntry, Redirection, Taken
 from rqarm.request import BatchRequest, as_request
 from rqarm.rqjobs import RqJobs
 
@@ -52,7 +41,7 @@ STORED_STATE: dict[str, State] = {
 LEASE_MS = 60_000
 #: the limit of a test that needs only one
 LIMIT = "/limited/{n}"
-ERROR = codec.pack_error("Boom", "it did not work", "")
+ERROR = packing.pack_error("Boom", "it did not work", "")
 
 #: everything stored: name -> (type, value, moment of expiry in Unix ms or -1)
 Snapshot = dict[str, tuple[str, Any, int]]

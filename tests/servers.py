@@ -10,6 +10,7 @@ import re
 import select
 import shutil
 import socket
+import struct
 import subprocess
 import tempfile
 import threading
@@ -17,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,11 @@ def eventually(claim: Callable[[], Any], timeout: float = 10.0, what: str = "") 
         assert time.monotonic() < deadline, f"not within {timeout:g} s: {what or claim}"
         threading.Event().wait(0.01)
     return answer
+
+
+def connections(client: redis.Redis) -> set[str]:
+    """The connections of the server, each by its id. Compare sets: one that another test left may close at any time."""
+    return {each["id"] for each in client.client_list()}
 
 
 @contextmanager
@@ -118,8 +125,12 @@ class FaultProxy:
     (forwarded, half of the reply, cut), ``hang`` (not forwarded, and nothing passes any more on this connection).
     Replies to earlier commands of a pipeline are always delivered first. Each arm() fires once; ``fired`` is set then.
 
+    ``arm`` takes the process whose commands count (on a unix socket, Linux), and what to do at that command before the
+    client can notice: kill it, for example. ``seen`` holds who sent what.
+
     ``refuse``: new connections are closed at once. ``delay``: seconds that each command waits. ``blackhole``: nothing
-    passes on any connection until it is False again. Without ``path`` it listens on TCP, 127.0.0.1.
+    passes on any connection until it is False again; ``freeze()`` does that to the connections that there are, for
+    ever. ``accepted`` counts connections. Without ``path`` it listens on TCP, 127.0.0.1.
     """
 
     def __init__(self, server: Path | tuple[str, int], path: Path | None = None) -> None:
@@ -127,9 +138,11 @@ class FaultProxy:
         self.refuse = False
         self.delay = 0.0
         self.blackhole = False
-        self.commands: list[str] = []
+        self.accepted = 0
+        #: process (0 where that is unknown) and name of each command
+        self.seen: list[tuple[int, str]] = []
         self.fired = threading.Event()
-        self._armed: list[tuple[str, str | None, int]] = []  # mode, command name, how many are still to come
+        self._armed: list[_Fault] = []
         self._links: set[_Link] = set()
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -144,12 +157,39 @@ class FaultProxy:
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
-    def arm(self, mode: str, *, at: int = 1, command: str | None = None) -> None:
-        """Break at the ``at``-th command from now on, counting only those named ``command`` if it is given."""
+    @property
+    def commands(self) -> list[str]:
+        return [name for _, name in self.seen]
+
+    def arm(
+        self,
+        mode: str,
+        *,
+        at: int = 1,
+        command: str | None = None,
+        sender: int | None = None,
+        then: Callable[[], Any] | None = None,
+    ) -> None:
+        """Break at the ``at``-th command from now on, counting only those named ``command``, those of the process
+        ``sender`` if these are given. ``then`` is called at that moment.
+        """
         assert mode in ("before", "after", "mid", "hang"), mode
         with self._lock:
             self.fired.clear()
-            self._armed.append((mode, command.upper() if command else None, at))
+            self._armed.append(_Fault(mode, command.upper() if command else None, sender, then, at))
+
+    def disarm(self) -> bool:
+        """Break nothing more. Whether what was armed has met its command, though the reply to it may not have come."""
+        with self._lock:
+            met = not self._armed
+            self._armed.clear()
+        return met
+
+    def freeze(self) -> None:
+        """Nothing passes any more on the connections that there are; nobody is told."""
+        with self._lock:
+            for link in self._links:
+                link.is_frozen = True
 
     def reset_all(self) -> None:
         """Cut every connection."""
@@ -180,6 +220,7 @@ class FaultProxy:
     def _accept(self) -> None:
         while True:
             client, _ = self._listener.accept()
+            self.accepted += 1
             if self._closed.is_set() or self.refuse:
                 client.close()
                 if self._closed.is_set():
@@ -195,18 +236,28 @@ class FaultProxy:
                 self._links.add(link)
             link.start()
 
-    def _seen(self, name: str) -> str | None:
-        """Count a command; the mode if it is the chosen one."""
+    def _fault_at(self, sender: int, name: str) -> _Fault | None:
+        """Count a command; what breaks at it if it is the chosen one."""
         with self._lock:
-            self.commands.append(name)
-            for place, (mode, command, at) in enumerate(self._armed):
-                if command in (None, name):
-                    if at > 1:
-                        self._armed[place] = (mode, command, at - 1)
-                        continue
-                    del self._armed[place]
-                    return mode
+            self.seen.append((sender, name))
+            for fault in self._armed:
+                if fault.command in (None, name) and fault.sender in (None, sender):
+                    fault.left -= 1
+                    if not fault.left:
+                        self._armed.remove(fault)
+                        return fault
         return None
+
+
+@dataclass(eq=False, slots=True)
+class _Fault:
+    """What was armed. ``left``: how many commands are still to come, itself included."""
+
+    mode: str
+    command: str | None
+    sender: int | None
+    then: Callable[[], Any] | None
+    left: int
 
 
 class _Link(threading.Thread):
@@ -215,11 +266,14 @@ class _Link(threading.Thread):
     def __init__(self, proxy: FaultProxy, client: socket.socket, server: socket.socket) -> None:
         super().__init__(daemon=True)
         self._proxy, self._client, self._server = proxy, client, server
+        self._sender = _peer(client)
         self._expected: deque[str] = deque()
+        self._then: Callable[[], Any] | None = None
         self._replies = b""
         self._requests = b""
         self._broken = False  # the fault is on its way: no further command is read
         self._stopped = threading.Event()
+        self.is_frozen = False
 
     def cut(self) -> None:
         self._stopped.set()
@@ -242,10 +296,10 @@ class _Link(threading.Thread):
 
     def _step(self) -> bool:
         """Pass on what there is. False ends the connection."""
-        if self._proxy.blackhole:
+        if self._is_dark():
             return not self._stopped.wait(0.01)
         ready, _, _ = select.select([self._client, self._server], [], [], 0.05)
-        if self._proxy.blackhole:
+        if self._is_dark():
             return True
         if self._client in ready:
             received = self._client.recv(1 << 16)
@@ -259,11 +313,17 @@ class _Link(threading.Thread):
             self._replies += received
         return self._pass_replies() and self._pass_requests() and self._break_when_due()
 
+    def _is_dark(self) -> bool:
+        return self.is_frozen or self._proxy.blackhole
+
     def _pass_requests(self) -> bool:
         while not self._broken and (end := resp_end(self._requests)):
             command, self._requests = self._requests[:end], self._requests[end:]
             name = _command_name(command)
-            mode = self._proxy._seen(name)
+            fault = self._proxy._fault_at(self._sender, name)
+            mode = fault.mode if fault else None
+            if fault:
+                self._then = fault.then
             if self._proxy.delay and self._stopped.wait(self._proxy.delay):
                 return False
             self._broken = mode is not None
@@ -286,18 +346,31 @@ class _Link(threading.Thread):
                 continue
             if fate == "mid":
                 self._client.sendall(reply[: len(reply) // 2])
-            self._proxy.fired.set()
+            self._fire()
             return False
         return True
 
     def _break_when_due(self) -> bool:
         if not self._expected or self._expected[0] not in ("before", "hang"):
             return True
-        self._proxy.fired.set()
+        self._fire()
         if self._expected[0] == "before":
             return False
         self._stopped.wait()
         return False
+
+    def _fire(self) -> None:
+        if self._then is not None:
+            self._then()
+        self._proxy.fired.set()
+
+
+def _peer(client: socket.socket) -> int:
+    """The process at the other end of a unix socket; 0 where nobody says."""
+    if client.family is not socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+        return 0
+    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[0])
 
 
 def _connect(address: Any) -> socket.socket:

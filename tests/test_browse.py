@@ -9,13 +9,13 @@ from typing import Any
 
 import managers
 import pytest
-import redis
 from audit import audit
 from drive import Rig, server_ms
 from servers import eventually
 from workers import crew
 
-from rqarm import BatchRequest, InvalidRequest, LeaseLost, RequestManager, RequestUnknown, State, browse
+from rqarm import BatchRequest, InvalidRequest, LeaseLost, RequestManager, RequestUnknown, State
+from rqarm.browse import claims, search
 
 LIMIT = "/limited/{n}"
 
@@ -35,12 +35,6 @@ def walked(rm: Any, **filters: Any) -> list[Any]:
         pages.append(rm.search(**filters, cursor=pages[-1].cursor))
         assert len(pages) < 200, "a walk ends"
     return pages
-
-
-@pytest.fixture
-def rig(redis_client: redis.Redis) -> Rig:
-    """The same server and namespace as ``rm``, with the ids in the hand of the test."""
-    return Rig(redis_client)
 
 
 @pytest.fixture
@@ -179,7 +173,7 @@ def test_a_call_looks_at_a_bounded_number_and_says_how_far_it_is(rm: Any, monkey
     for n in range(25):
         rm.submit(f"/{n}")
     rm.submit("/wanted")
-    monkeypatch.setattr(browse, "LOOKS", 10)
+    monkeypatch.setattr(search, "LOOKS", 10)
     pages = walked(rm, text="wanted", state="pending")
     assert [page.looked_at for page in pages] == [10, 20, 26]
     assert {page.total for page in pages} == {26}
@@ -321,7 +315,7 @@ def test_a_failure_shows_its_error_and_until_when_it_answers(rm: Any, rig: Rig) 
 def test_the_place_under_a_limit_is_shown(rm: Any, rig: Rig) -> None:
     parked = rig.seed("parked", "/limited/2").key
     detail = rm.inspect(parked)
-    assert detail.limit == browse.LimitUse(LIMIT, 1, 1, 0, 1)
+    assert detail.limit == claims.LimitUse(LIMIT, 1, 1, 0, 1)
     assert detail.parked_at == 1
     (limit,) = rm.claims().limits
     assert limit == detail.limit

@@ -30,8 +30,9 @@ from click.testing import CliRunner, Result
 import rqarm
 from rqarm import BatchRequest, RequestManager
 from rqarm.cli import COMMANDS, common, main, waiting
-from rqarm.cli.common import FAILURE, NOT_READY, USAGE, duration, json_text, plain, size
+from rqarm.cli.common import FAILURE, NOT_READY, USAGE, json_text
 from rqarm.model import BatchStatus, Key, State
+from rqarm.text import duration, plain, size
 
 Run = Callable[..., Result]
 ROOT = Path(__file__).parents[1]

@@ -363,7 +363,7 @@ def fragile(proxy: FaultProxy) -> Iterator[redis.Redis]:
 
 
 def test_the_proxy_counts_commands(proxy: FaultProxy, fragile: redis.Redis) -> None:
-    proxy.commands.clear()
+    proxy.seen.clear()
     fragile.set("k", b"\r\n*1\r\n$4\r\nPING\r\n" * 20_000)
     with fragile.pipeline(transaction=True) as pipe:
         pipe.incr("n").get("k")

@@ -95,6 +95,13 @@ def test_the_table_of_exit_codes_is_that_of_the_command_line() -> None:
     assert shown == {0, common.FAILURE, common.USAGE, common.NOT_READY, common.NO_SERVER, common.INTERRUPTED}
 
 
+def test_the_modules_of_internals_exist() -> None:
+    for _, where in rows(text_of("internals.md"), "## Where a line belongs"):
+        for name in codes(where):
+            place = ROOT / "rqarm" / (name if name.endswith(".lua") else name.replace(".", "/"))
+            assert place.exists() or place.with_suffix(".py").exists(), name
+
+
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +154,10 @@ def test_the_table_of_counters_has_every_word_that_the_scripts_count() -> None:
             counted["executions"].add(word)
         for word in re.findall(r"\bdrop_(?:result|index)\(key, .*?'(\w+)'\)", lua):
             counted.setdefault("removals", set()).add(word)
+    for family, word in re.findall(
+        r'"stats", family="(\w+)"\), "(\w+)"', (ROOT / "rqarm" / "calls.py").read_text("utf-8")
+    ):
+        counted[family].add(word)
     for family, words in counted.items():
         assert shown[f"arm:stats:{family}"] == words, family
 

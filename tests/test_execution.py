@@ -33,8 +33,9 @@ from rqarm import (
     connect,
     flows,
 )
-from rqarm.calls import Attempt, Call, Command
+from rqarm.calls import Call, Command
 from rqarm.model import Key
+from rqarm.replies import Attempt
 from rqarm.shell import Shell
 from rqarm.worker import perform
 from rqarm.worker.limits import time_limit

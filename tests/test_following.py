@@ -32,16 +32,16 @@ from rqarm import (
     State,
     UnpackableResult,
     WaitTimeout,
-    codec,
     embedded,
     following,
+    packing,
 )
-from rqarm.calls import NO_REQUEST, Attempt, Followed, Found
 from rqarm.cli import main
 from rqarm.config import Settings
 from rqarm.errors import EmissionTooLarge, LeaseLost
 from rqarm.flows import RECHECK, Core, Listen, Watch
 from rqarm.model import Key, Priority, Token
+from rqarm.replies import NO_REQUEST, Attempt, Followed, Found
 from rqarm.rqjobs import RqJobs
 from rqarm.worker.emitter import Emitter
 
@@ -453,7 +453,7 @@ def test_a_chain_is_followed_to_where_it_leads(rm: Any, threads: managers.Thread
 
 
 def looked(state: State, token: str = "7", first: int = 1, *values: Any) -> Followed:
-    packed = tuple(codec.pack(value) for value in values)
+    packed = tuple(packing.pack(value) for value in values)
     return Followed(Found(BatchStatus(Key("k"), state, attempts=1), None), token, first, packed)
 
 
@@ -465,11 +465,11 @@ def test_a_lost_wake_up_costs_a_look_every_few_seconds() -> None:
     assert flow.send(looked(State.IN_PROGRESS, "7", 1, "a")).item.value == "a"
     assert next(flow) == Listen(RECHECK)
     # nobody woke it: it looks after the dead, and reads again behind what it knows
-    assert flow.send(set()).argv[0] == "SET"
+    assert flow.send({}).argv[0] == "SET"
     assert flow.send(False).argv[2:] == ("7", 1)
     assert flow.send(looked(State.IN_PROGRESS, "7", 2, "b")).item.value == "b"
     assert next(flow) == Listen(RECHECK)
-    assert flow.send({Key("k:told")}).argv[2:] == ("7", 2)
+    assert flow.send({Key("k:told"): b""}).argv[2:] == ("7", 2)
 
 
 # -- the emitter

@@ -28,8 +28,8 @@ from servers import eventually
 from workers import LEASE, TESTS, Crew, WorkerProcess, crew, is_alive, timed
 
 from rqarm import BatchRequest, RequestFailed, RequestManager, State, Worker, connect, embedded
-from rqarm.calls import NO_REQUEST, Attempt
 from rqarm.model import Key, Priority, Token
+from rqarm.replies import NO_REQUEST, Attempt
 from rqarm.rqjobs import queue_names
 from rqarm.worker import board as board_module
 from rqarm.worker.board import _PAGE, Board

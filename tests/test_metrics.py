@@ -30,11 +30,6 @@ HANDLERS = ("--handlers", str(APP))
 
 
 @pytest.fixture
-def rig(redis_client: redis.Redis) -> Rig:
-    return Rig(redis_client)
-
-
-@pytest.fixture
 def busy(rig: Rig) -> Rig:
     """A namespace in which everything has happened once."""
     for state in ("completed", "sticky", "mine", "failed", "cancelled", "quarantined", "lapsed", "parked"):

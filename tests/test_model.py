@@ -32,9 +32,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from rqarm import browse, connect, embedded, flows, inspect
-from rqarm.calls import Attempt, Call, Command, NextUp, Overdue, Ticket
+from rqarm import connect, embedded, flows, inspect
+from rqarm.browse import cached, claims
+from rqarm.calls import Call, Command, NextUp, Ticket
 from rqarm.model import FollowUp, Key, Priority, State, Token
+from rqarm.replies import Attempt, Overdue
 from rqarm.request import BatchRequest
 
 EXAMPLES = int(os.environ.get("RQARM_EXPLORE", "0"))
@@ -597,7 +599,7 @@ class Machine(RuleBasedStateMachine):
             for uri, record in self.world.records.items()
             if record.state == "completed" and not (temporary_only and record.sticky)
         ]
-        assert self.rig.run(browse.clear(self.rig.core, None, None, temporary_only=temporary_only)) == len(gone)
+        assert self.rig.run(cached.clear(self.rig.core, None, None, temporary_only=temporary_only)) == len(gone)
         for uri in gone:
             assert self.world.records[uri].alias in ("", *gone)
         for uri in gone:
@@ -608,8 +610,8 @@ class Machine(RuleBasedStateMachine):
         record = self.world.records.get(uri)
         holder, holds = self.holder(uri), self.answers(uri)
         wanted = "unknown" if record is None else "retained" if holds else "no_result"
-        assert self.rig.word(browse.retain_call(self.rig.core, Key("nobody-has-it"), ttl)) == "unknown"
-        assert self.rig.word(browse.retain_call(self.rig.core, self.key(uri), ttl)) == wanted
+        assert self.rig.word(cached.retain_call(self.rig.core, Key("nobody-has-it"), ttl)) == "unknown"
+        assert self.rig.word(cached.retain_call(self.rig.core, self.key(uri), ttl)) == wanted
         if record is not None and holder is not None and holds:
             for each in [holder, *self.aliases(record.alias or uri, "completed")]:
                 each.sticky, each.retained = ttl is None, True
@@ -620,7 +622,7 @@ class Machine(RuleBasedStateMachine):
         if record is None:
             return
         runs = record.state == "in_progress"
-        assert self.rig.run(browse.release(self.rig.core, self.key(uri))) == runs
+        assert self.rig.run(claims.release(self.rig.core, self.key(uri))) == runs
         if runs:
             job_id = self.stored_job(uri)
             self.back_in_line(record, job_id)

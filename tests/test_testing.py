@@ -16,7 +16,7 @@ from rqarm import BatchRequest, Context, Handlers, LeaseLost, RequestManager, Re
 from rqarm.connect import open_client
 from rqarm.context import Redirected
 from rqarm.testing import WORKER, context, drain
-from rqarm.worker import execution
+from rqarm.worker import equipment
 
 pytest_plugins = ["pytester"]
 
@@ -156,12 +156,12 @@ def test_each_drain_has_resources_and_a_loop_of_its_own(manager: RequestManager,
         await asyncio.sleep(0)
         return str(context.resources.db)
 
-    before = execution.this_process()
+    before = equipment.of_this_process()
     for n in range(2):
         manager.submit(f"/x/{n}")
         assert told(drain(manager, handlers)) == [(f"/x/{n}", "completed")]
     assert made == ["up", "down"] * 2
-    assert execution.this_process() is before
+    assert equipment.of_this_process() is before
 
 
 # -- a handler alone

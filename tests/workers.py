@@ -36,7 +36,14 @@ class WorkerProcess:
     """``rq worker`` as a process of its own. What it says is in ``log``; what its handlers note is in ``notes``."""
 
     def __init__(
-        self, url: str, directory: Path, kind: str, name: str, arguments: Sequence[str], environment: Mapping[str, str]
+        self,
+        url: str,
+        directory: Path,
+        kind: str,
+        name: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        package: Path,
     ) -> None:
         self.kind, self.name = kind, name
         self.log, self.notes = directory / f"{name}.log", directory / "notes"
@@ -44,7 +51,7 @@ class WorkerProcess:
         environment = {
             **os.environ,
             **environment,
-            "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+            "PYTHONPATH": f"{package}:{TESTS}:{os.environ.get('PYTHONPATH', '')}",
             "NOTES": str(self.notes),
             "RQARM_ALLOW_VOLATILE": "1",
         }
@@ -53,6 +60,7 @@ class WorkerProcess:
             self._process = subprocess.Popen(
                 embedded._leashed([*program, *arguments]),  # it ends with this process at the latest
                 env=environment,
+                cwd=directory,  # `python -m` looks there first
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -105,6 +113,8 @@ class Crew:
         self, url: str, directory: Path, crash_delay: float | None = None, handlers: Path = APP, **settings: Any
     ) -> None:
         self._handlers = handlers
+        #: where the rqarm of those who are hired from now on lies
+        self.package = TESTS.parent
         self.name = f"crew{secrets.token_hex(3)}"
         self.url, self.directory = url, directory / self.name
         self.directory.mkdir()
@@ -126,7 +136,7 @@ class Crew:
         arguments = (*options, *queue_names(self.name))
         settings = {"handlers": self._handlers} | self.settings | settings
         environment = in_environment(settings)
-        worker = WorkerProcess(self.url, self.directory, kind, name, arguments, environment)
+        worker = WorkerProcess(self.url, self.directory, kind, name, arguments, environment, self.package)
         self.workers.append(worker)
         return worker
 

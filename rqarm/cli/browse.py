@@ -6,30 +6,37 @@ from collections.abc import Iterator
 
 import click
 
-from rqarm.browse import QUARANTINED, RequestDetail
+from rqarm.browse.detail import RequestDetail
+from rqarm.browse.search import LONGEST_PAGE, QUARANTINED
 from rqarm.cli.common import (
     FAILURE,
     Target,
     as_json,
     complain,
     document_of,
-    duration,
+    each_key,
     key_of,
+    keys_argument,
     on_server,
-    plain,
     print_json,
     print_pairs,
+    print_statuses,
     print_table,
+    queue_option,
     shown_uri,
+    shown_with_status,
     since,
-    size,
 )
-from rqarm.cli.requests import each_key, keys_argument, print_statuses, queue_option
 from rqarm.config import Settings
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
+from rqarm.text import duration, plain, size
 
 STATES = [*(str(state) for state in State if state is not State.UNKNOWN), QUARANTINED]
+
+page_limit = click.option(
+    "--limit", type=click.IntRange(1, LONGEST_PAGE), default=50, show_default=True, help="So many at the most."
+)
 
 
 @click.command()
@@ -39,7 +46,7 @@ STATES = [*(str(state) for state in State if state is not State.UNKNOWN), QUARAN
 @click.option("--route", metavar="ROUTE", help="Of an operation, or a path as it begins: /cities or host/v1/{table}.")
 @click.option("--tag", metavar="TAG", help="With this tag only.")
 @queue_option
-@click.option("--limit", type=click.IntRange(1, 500), default=50, show_default=True, help="So many at the most.")
+@page_limit
 @click.option("--cursor", default="", metavar="CURSOR", help="Go on where a search before ended.")
 @as_json
 def search(target: Target, text: str, cursor: str, limit: int, is_json: bool, **filters: str | None) -> None:
@@ -140,14 +147,14 @@ def _pairs(detail: RequestDetail, settings: Settings) -> Iterator[tuple[str, obj
 
 @click.command()
 @on_server
-@click.option("--limit", type=click.IntRange(1, 500), default=50, show_default=True, help="So many at the most.")
+@page_limit
 @as_json
 def claims(target: Target, limit: int, is_json: bool) -> None:
     """List what runs: holder, lease, last sign of life."""
     with target.manager() as rm:
         page = rm.claims(limit=limit)
         if is_json:
-            shown = [{**claim.to_dict(), "status": document_of(claim.status, rm.settings)} for claim in page.entries]
+            shown = [shown_with_status(claim, rm.settings) for claim in page.entries]
             print_json({**page.to_dict(), "entries": shown})
             return
         rows = [

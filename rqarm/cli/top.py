@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 import click
 from redis.exceptions import RedisError
 
-from rqarm.cli.common import Target, complain, duration, is_terminal, on_server, plain, size
+from rqarm.cli.common import Target, complain, is_terminal, on_server
 from rqarm.errors import RqarmError
 from rqarm.inspect import Attention, HitRate, Overview
+from rqarm.text import duration, plain, size
 
 #: bars of the last hour, from nothing to the highest minute
 BARS = " ▁▂▃▄▅▆▇█"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from rqarm.config import parse_variable
+from rqarm.config import chosen_options
 from rqarm.errors import ConfigError
 
 PREFIX = "RQARM_DASHBOARD_"
@@ -68,16 +67,7 @@ class Options:
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None, **arguments: Any) -> Options:
         """Options from arguments (None = not given), then the environment. Raises ConfigError naming what is wrong."""
-        environ = os.environ if environ is None else environ
-        known = {each.name: each for each in fields(cls)}
-        if unknown := sorted(set(arguments) - set(known)):
-            raise ConfigError(f"no such option: {', '.join(unknown)}; there are {', '.join(known)}")
-        chosen = {name: value for name, value in arguments.items() if value is not None}
-        for name, each in known.items():
-            variable = PREFIX + name.upper()
-            if name not in chosen and (text := environ.get(variable)):
-                chosen[name] = parse_variable(variable, text, each.default)
-        return cls(**chosen)
+        return cls(**chosen_options(cls, PREFIX, arguments, environ))
 
 
 def is_loopback(host: str) -> bool:

@@ -256,7 +256,11 @@ local function event(verb, key, state)
   redis.pcall('XADD', events_name(), 'MAXLEN', '~', EVENTS_KEPT, '*', 'verb', verb, 'key', key, 'state', state)
 end
 
-local function wake(key, state)
+-- The message is the state. A small result goes with it, and spares those who wait the look at the record: `state:length of
+-- the envelope:envelope bytes`. Bounded, because each of them gets it.
+local MOST_TOLD = 1024
+local function wake(key, state, envelope, bytes)
+  if envelope and #envelope + #bytes <= MOST_TOLD then state = state .. ':' .. #envelope .. ':' .. envelope .. bytes end
   redis.call('PUBLISH', done_name(key), state)
 end
 
@@ -832,7 +836,7 @@ local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks
   local deadline_ms = not sticky and now_ms + ttl_ms or nil
   expire_together(key, owner, chunks, deadline_ms)
   add_bytes(size_bytes, sticky)
-  wake(key, 'completed')
+  wake(key, 'completed', is_small and envelope, bytes)
   complete_aliases(led_by(key), key, deadline_ms)
 end
 

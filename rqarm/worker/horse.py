@@ -30,11 +30,12 @@ from redis.exceptions import RedisError
 from rq.exceptions import NoSuchJobError
 
 from rqarm import flows
-from rqarm.calls import Attempt, Batch, Call, Taken, UnreadableRequest, ms
+from rqarm.calls import Batch, Call, ms
 from rqarm.errors import LeaseLost, RqarmError
 from rqarm.manager import RequestManager
+from rqarm.replies import Attempt, Taken, UnreadableRequest
 from rqarm.shell import Sent
-from rqarm.worker import execution
+from rqarm.worker import equipment, execution
 from rqarm.worker.board import RESTING, Board
 from rqarm.worker.execution import Execution, Hold
 from rqarm.worker.limits import Alarm
@@ -217,7 +218,7 @@ class Horse:
     def __init__(self, worker: Worker, board: Board, parent: Connection) -> None:
         self.worker, self.board, self.parent = worker, board, parent
         self.settings = worker.settings
-        self.manager: RequestManager = execution.manager_for(self.settings.namespace, worker.connection)
+        self.manager: RequestManager = equipment.manager_for(self.settings.namespace, worker.connection)
         self.core = self.manager.core
         #: requests that run, and that have ended
         self.in_hand, self.ended = 0, 0
@@ -234,7 +235,7 @@ class Horse:
             while (order := self.parent.recv()) is not None:
                 if isinstance(order, Order):  # else it belonged to the order before
                     self.parent.send((self.serve(order), tuple(queue.name for queue in self.worker.ordered_queues)))
-        execution.close_resources()
+        equipment.close_resources()
 
     def serve(self, order: Order) -> str:
         """Run requests until there is a reason to come back; which."""

@@ -26,11 +26,12 @@ from rq.job import Job
 from rq.serializers import JSONSerializer, PickleSerializer
 from rq.worker import DequeueStrategy, WorkerStatus
 
-from rqarm import flows
+from rqarm import connect, flows
 from rqarm.config import Settings
 from rqarm.errors import RqarmError
+from rqarm.manager import RequestManager
 from rqarm.version import __version__
-from rqarm.worker import execution
+from rqarm.worker import equipment, execution
 from rqarm.worker.horse import Order
 from rqarm.worker.patience import pause_after
 from rqarm.worker.processes import kill_group, leash_forks
@@ -58,6 +59,8 @@ class Worker(rq.Worker):
         super().__init__(queues, *args, **kwargs)
         self._stable = Stable(self)
         self._swept = 0.0
+        #: the server's clock minus ours, which never steps; None = not known yet
+        self._offset: float | None = None
         self.next_heartbeat = 0.0
         self.shown_state = ""
         #: this process is the warm horse, which tears down its resources when it ends
@@ -80,7 +83,7 @@ class Worker(rq.Worker):
 
     def bootstrap(self, *args: Any, **kwargs: Any) -> None:
         """Raises ConfigError: who cannot load the handlers must not take requests from those who can."""
-        execution.handlers()
+        equipment.handlers()
         leash_forks()
         super().bootstrap(*args, **kwargs)
 
@@ -105,6 +108,11 @@ class Worker(rq.Worker):
     def dequeue_timeout(self) -> int:
         """An idle worker gives a sign of life this often, in seconds, and sweeps."""
         return max(1, int(self.settings.lease / 3))
+
+    @property
+    def connection_timeout(self) -> int:
+        """Seconds after which a command counts as lost. RQ's are longer than its pop waits, and ours does not wait."""
+        return int(connect.READ_TIMEOUT_S)
 
     def set_state(self, state: str, pipeline: Any = None) -> None:
         if self.is_horse:
@@ -146,13 +154,27 @@ class Worker(rq.Worker):
             return
         self._swept = now + self.settings.lease / 3 * random.uniform(0.8, 1.2)
         try:
-            manager = execution.manager_for(self.settings.namespace, self.connection)
+            manager = equipment.manager_for(self.settings.namespace, self.connection)
             if healed := manager.shell.run(flows.sweep(manager.core)):
                 log.warning("set %d requests going again that had died", healed)
             execution.attend(manager)
+            self._watch_clock(manager)
             self._restart_scheduler()
         except (RedisError, RqarmError) as error:
             log.warning("the sweep did not run: %s", error)
+
+    def _watch_clock(self, manager: RequestManager) -> None:
+        """Tell when the server's clock has stepped by more than a lease: then leases and delays have ended early, or
+        end late. Nothing is decided by this.
+        """
+        asked = time.monotonic()
+        told = manager.shell.execute(manager.core.calls.server_time())
+        if time.monotonic() - asked > self.settings.lease / 3:
+            return  # nobody knows when the server looked
+        before, self._offset = self._offset, told - asked
+        if before is not None and abs(self._offset - before) > self.settings.lease:
+            log.warning("the server's clock has stepped by %+.0f s", self._offset - before)
+            manager.shell.execute(manager.core.calls.note_clock_step())
 
     def _restart_scheduler(self) -> None:
         """RQ looks every ten minutes whether anybody runs the scheduler, and delayed retries wait for it."""
@@ -298,7 +320,7 @@ class Worker(rq.Worker):
             return bool(super().perform_job(job, queue, rq_execution))
         finally:
             if not self.is_warm:
-                execution.close_resources()
+                equipment.close_resources()
 
     # -- what people ask of a worker
 
@@ -349,7 +371,7 @@ class Worker(rq.Worker):
     def teardown(self) -> None:
         self._is_over = True
         if not self.is_horse:
-            self._stable.retire()
+            self._stable.close()
         super().teardown()  # type: ignore[no-untyped-call]
 
     def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:

@@ -7,8 +7,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
@@ -18,15 +19,16 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 from rq.worker import WorkerStatus
 
-from rqarm import codec, flows
-from rqarm.calls import Attempt, Batch, Taken, UnreadableRequest, ms
+from rqarm import flows, packing
+from rqarm.calls import Batch, ms
 from rqarm.errors import LeaseLost, RequestUnknown, RqarmError
 from rqarm.handlers import Match
 from rqarm.manager import RequestManager
 from rqarm.model import State
 from rqarm.quarantine import note_for
+from rqarm.replies import Attempt, Taken, UnreadableRequest
 from rqarm.shell import sibling
-from rqarm.worker import execution
+from rqarm.worker import equipment, execution
 from rqarm.worker.board import Board, Turn
 from rqarm.worker.execution import WorkHorseDied
 from rqarm.worker.horse import PLACES, Order, execution_id, gallop, taker
@@ -48,6 +50,8 @@ HARD_GRACE = 5.0
 CANCEL_GRACE = 1.0
 #: seconds that a horse without work has to tear down its resources
 RETIREMENT = 10.0
+#: seconds that the server has at the least to answer a renewal
+LEAST_PATIENCE = 0.25
 #: states in which an attempt's own end leaves its request
 ENDED = (State.COMPLETED, State.FAILED, State.PENDING)
 
@@ -74,6 +78,9 @@ class _Animal:
     board: Board
     line: Connection
     file: int | None
+    #: whoever holds it knows that the process has not been reaped, or that ``is_gone``
+    life: threading.Lock = field(default_factory=threading.Lock)
+    is_gone: threading.Event = field(default_factory=threading.Event)
 
     def tell(self, message: Any) -> None:
         """Something in the middle of an order."""
@@ -82,8 +89,10 @@ class _Animal:
         self.board.call()
 
     def close(self) -> None:
+        with self.life:
+            self.is_gone.set()
+            self.board.close()
         self.line.close()
-        self.board.close()
         if self.file is not None:
             os.close(self.file)
 
@@ -115,9 +124,12 @@ class Stable:
 
     @property
     def manager(self) -> RequestManager:
-        """A manager that does not wait longer for the server than a lease can stand."""
+        """A manager that does not wait longer for the server than a lease can stand: a renewal that is lost with its
+        connection is sent again on another one before two thirds of the lease are over.
+        """
         if self._manager is None:
-            patience = max(1.0, self.settings.lease / 3)
+            left = self.settings.lease * 2 / 3 - self.settings.renewal_or_default
+            patience = max(LEAST_PATIENCE, left / 2 - self._tick)
             options = {"socket_timeout": patience, "socket_connect_timeout": patience, "retry": Retry(NoBackoff(), 1)}
             client = sibling(self.worker.connection, **options)
             self._manager = RequestManager(connection=client, namespace=self.settings.namespace)
@@ -269,8 +281,9 @@ class Stable:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.setpgid(pid, pid)  # the horse does so too; whoever comes first
         file = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
-        self._horse = _Animal(pid, board, ours, file)
-        return self._horse
+        self._horse = horse = _Animal(pid, board, ours, file)
+        threading.Thread(target=self._guard, args=(horse,), name="guard", daemon=True).start()
+        return horse
 
     def retire(self) -> None:
         """End a horse that runs nothing; it tears down what handlers have built."""
@@ -282,7 +295,46 @@ class Stable:
         wait([horse.line if horse.file is None else horse.file], RETIREMENT)
         self._bury(horse)
 
+    def close(self) -> None:
+        """The worker ends: no horse, and nothing of the parent's own stays open."""
+        self.retire()
+        if self._manager is not None:
+            client = self._manager.connection
+            self._manager.close()
+            client.close()
+            client.connection_pool.disconnect()
+            self._manager = None
+        if self._bell >= 0:
+            os.close(self._ear)
+            os.close(self._bell)
+            self._ear = self._bell = -1
+
     # -- watching
+
+    def _guard(self, horse: _Animal) -> None:
+        """In a thread: renew while the main thread waits for a server that is silent, and end a horse whose leases run
+        out all the same.
+        """
+        looked = time.monotonic()
+        while not horse.is_gone.wait(self._tick):
+            now = time.monotonic()
+            with horse.life:
+                if horse.is_gone.is_set():
+                    return
+                runs = [self._run_of(turn, now) for turn in horse.board.turns()]
+                # who was stopped leaves the first word to the main thread, which asks whether the lease still holds
+                was_awake = now - looked < self.settings.lease / 3
+                if was_awake and any(now - run.renewed > self.settings.lease * 2 / 3 for run in runs):
+                    log.warning("no lease was renewed for two thirds of one: the work horse is killed")
+                    kill_group(horse.pid, signal.SIGKILL)
+                    return
+            due = self.settings.renewal_or_default + self._tick
+            self._renew([run for run in runs if not run.death and now - run.renewed >= due], now)
+            looked = time.monotonic()
+
+    def _run_of(self, turn: Turn, now: float) -> _Run:
+        """What is known of a turn; it counts as renewed when it began."""
+        return self._runs.setdefault((turn.lane, turn.number), _Run(turn, turn.began if turn.began > 0 else now))
 
     def _watch(self, horse: _Animal) -> None:
         """Renew, show, stop: all that the horse runs now."""
@@ -292,15 +344,16 @@ class Stable:
         for gone in [self._runs.pop(place) for place in list(self._runs) if place not in turns]:
             if gone.shown is not None:
                 gone.shown.hide(self.worker)
-        for place, turn in turns.items():
-            run = self._runs.setdefault(place, _Run(turn, turn.began if turn.began > 0 else now))
-            run.turn = turn  # what was taken ahead begins later
+        for turn in turns.values():
+            self._run_of(turn, now).turn = turn  # what was taken ahead begins later
         runs = list(self._runs.values())
         self._renew(
             [run for run in runs if not run.death and now - run.renewed >= self.settings.renewal_or_default], now
         )
         self._free_the_waiting(horse, now)
         for run in runs:
+            if run.shown is not None and run.renewed == now:
+                run.shown.refresh(self.worker)
             self._judge(horse, run, now)
             if run.shown is None and not run.death and run.turn.began > 0:
                 run.shown = Shown.when_long(self.worker, run.turn, now)
@@ -353,8 +406,6 @@ class Stable:
         for run, answer in zip(runs, answers, strict=True):
             if not isinstance(answer, Exception):
                 run.renewed = now
-                if run.shown is not None:
-                    run.shown.refresh(self.worker)
             elif isinstance(answer, LeaseLost) and answer.state in ENDED and (run.turn.began < 0 or not run.is_ending):
                 # most likely by the horse itself, which is now telling RQ
                 run.is_ending, run.renewed = True, now
@@ -517,7 +568,7 @@ class Stable:
             elif run.death in ("crash", "lease"):
                 error = WorkHorseDied(obituary)
                 note = note_for(self._match(attempt), attempt.kwargs)
-                outcome = shell.run(flows.crash(core, attempt, codec.pack_error("WorkHorseDied", obituary, ""), note))
+                outcome = shell.run(flows.crash(core, attempt, packing.pack_error("WorkHorseDied", obituary, ""), note))
                 if outcome not in ("requeued", "quarantined"):
                     raise LeaseLost(attempt.key, outcome)
                 if outcome == "quarantined":
@@ -537,7 +588,7 @@ class Stable:
     @staticmethod
     def _match(attempt: Attempt) -> Match | None:
         try:
-            return execution.handlers().match(attempt.request)
+            return equipment.handlers().match(attempt.request)
         except RqarmError:
             return None
 
@@ -549,7 +600,9 @@ class Stable:
         """Reap the process; what its handlers left running goes with it."""
         kill_group(horse.pid, signal.SIGKILL)
         pid, status, usage = horse.pid, 0, None
-        with contextlib.suppress(ChildProcessError):
+        with horse.life, contextlib.suppress(ChildProcessError):
+            horse.is_gone.set()
+            self._runs.clear()
             pid, status, usage = os.wait4(horse.pid, 0)
         self._tell_rq(horse, is_busy=False)
         self._ended_before += horse.board.counters()[0]
