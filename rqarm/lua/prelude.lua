@@ -551,7 +551,11 @@ local function led_by(root)
   local led = {}
   for _, key in ipairs(redis.call('SMEMBERS', aliases_name(root))) do
     local fields = look_at(key, 'state', 'alias')
-    if fields.state == 'pending' and fields.alias == root then led[#led + 1] = key else satisfy(key, root) end
+    if fields.alias ~= root then
+      satisfy(key, root)
+    elseif fields.state == 'pending' then
+      led[#led + 1] = key
+    end
   end
   return led
 end
