@@ -268,7 +268,16 @@ MUTANTS = [
     Mutant("complete-leaves-its-job", "lua/complete.lua", "if job ~= '' then gone[2] = job end\n", ""),
     # redirects, callbacks, the quarantine
     Mutant("a-redirect-without-token", "lua/redirect.lua", HELD, NOT_FENCED),
-    Mutant("aliases-without-end", "lua/redirect.lua", "local MOST_ALIASES = 1000", "local MOST_ALIASES = 100000"),
+    Mutant("aliases-without-end", "lua/prelude.lua", "local MOST_ALIASES = 1000", "local MOST_ALIASES = 100000"),
+    Mutant(
+        "who-needs-is-never-called",
+        "lua/prelude.lua",
+        "  pcall(replay, fields.recall, fields.recall_data)\n",
+        "",
+    ),
+    Mutant("who-needs-two-is-called-by-one", "lua/prelude.lua", "if left ~= '\\n' then return", "if false then return"),
+    Mutant("two-that-need-each-other", "lua/need.lua", "if chain then", "if false then"),
+    Mutant("a-need-without-token", "lua/need.lua", HELD, NOT_FENCED),
     Mutant("a-redirect-loop", "lua/redirect.lua", "if target == key or IN_FLIGHT", "if false and IN_FLIGHT"),
     Mutant("an-alias-sleeps-on", "lua/prelude.lua", "  complete_aliases(led_by(key), key, deadline_ms)\n", ""),
     Mutant(

@@ -407,6 +407,8 @@ class ManyHorse(Horse):
             self._pump.execute,
             look_up=partial(run.look_up_in, self.manager.shell),
             look_up_async=lambda target: through(run.look_up(target), self._pump.execute),
+            require=partial(run.require_in, self.manager.shell),
+            require_async=lambda requests: through(run.require(requests), self._pump.execute),
         )
         handling = asyncio.ensure_future(
             await_in_time(match.call(run.attempt.request, context), run.limit, run.spent())
