@@ -23,7 +23,7 @@ TESTS = [
     "tests/test_transitions.py", "tests/test_submit.py", "tests/test_results.py", "tests/test_attempts.py",
     "tests/test_healing.py", "tests/test_line.py", "tests/test_emissions.py", "tests/test_limits.py",
     "tests/test_model.py", "tests/test_execution.py", "tests/test_waiting.py", "tests/test_browse.py",
-    "tests/test_redirects.py", "tests/test_callbacks.py",
+    "tests/test_redirects.py", "tests/test_needs.py", "tests/test_callbacks.py",
 ]  # fmt: skip
 HELD = "if claim.state ~= 'in_progress' or claim.token ~= token then"
 NOT_FENCED = "if claim.state ~= 'in_progress' then"
