@@ -25,7 +25,7 @@ def values_of(core: Core, attempt: Attempt, requests: Sequence[BatchRequest]) ->
     """The results of all requests, in their order. Raises Needed when some are missing.
 
     One that has ended without a result since this request was submitted raises what ``result`` would: RequestFailed,
-    Quarantined, RequestCancelled. One that did so before may run again.
+    Quarantined, RequestCancelled. One that did so before may run again, and what is corrupt does at once.
     """
     keys = [core.identify(request).key for request in requests]
     mine, *found = yield Batch(
@@ -37,6 +37,7 @@ def values_of(core: Core, attempt: Attempt, requests: Sequence[BatchRequest]) ->
             try:
                 values.append((yield from flows.value_of(core, each.stored)))
             except CorruptResult:
+                yield from flows.submit(core, _with_wishes(attempt, request), again=True)
                 missing.append(request)
         elif _has_failed_since(each, mine):
             raise flows.unsuccessful(each.status)

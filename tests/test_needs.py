@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -205,6 +206,27 @@ def test_a_failure_meanwhile_is_an_error_in_the_handler_and_an_old_one_runs_agai
     assert bench.rm.result(bench.run().key) == "the archive sleeps"
     broken[0] = False
     assert bench.rm.result(bench.run(BatchRequest("/x", key="later")).key) == ["part"]
+
+
+@pytest.mark.parametrize("size", [10, 300_000])
+def test_a_corrupt_result_is_computed_again(bench: Bench, size: int) -> None:
+    runs: list[int] = []
+
+    @bench.handlers.route("/part")
+    def part(request: BatchRequest, context: Context) -> bytes:
+        runs.append(size)
+        return os.urandom(size)
+
+    bench.route(lambda context: len(context.require("/part")[0]))
+    bench.run("/part")
+    client = bench.rm.connection
+    if size < 1000:
+        client.hset(f"arm:result:{key('/part')}", "bytes", b"spoilt")
+    else:
+        (chunk,) = client.keys("arm:chunk:*")
+        client.set(chunk, b"spoilt", keepttl=True)
+    assert bench.rm.result(bench.run().key) == size
+    assert len(runs) == 2
 
 
 def test_a_cancelled_one_is_an_error_too_and_a_negative_answer_ends_it(bench: Bench) -> None:
