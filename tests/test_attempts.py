@@ -82,6 +82,16 @@ def test_a_job_of_somebody_else_is_not_taken_and_what_stands_behind_it_waits(rig
     assert len(stored(rig)[default][1]) == len(before[default][1])
 
 
+def test_who_starts_a_request_of_his_own_takes_its_ticket_out_of_the_list(rig: Rig) -> None:
+    seeded, behind = rig.seed("pending"), rig.seed("pending", "/behind")
+    (_, default, _) = rig.jobs.lists("arm")
+    job = f"{rig.jobs.job_prefix}{seeded.job_id}"
+    assert rig.client.exists(job)
+    assert isinstance(rig.ask(rig.start(seeded.key, seeded.job_id, own_list=default)), Attempt)
+    assert rig.client.lrange(default, 0, -1) == [behind.job_id.encode()]
+    assert not rig.client.exists(job)
+
+
 def test_the_ticket_of_a_forgotten_request_does_not_block_the_queue(rig: Rig) -> None:
     seeded = rig.seed("cancelled")
     assert rig.word(rig.calls.forget(seeded.key)) == "forgotten"
