@@ -469,6 +469,22 @@ class Calls:
             argv += tuple(part for follow_up in follow_ups for part in follow_up.argv)
         return self._call("redirect", attempt.key, argv, parse)
 
+    def need(
+        self, attempt: Attempt, needed: Sequence[Key], ticket: ParkingTicket, *, delay_ms: int
+    ) -> Call[Redirection]:
+        """The attempt ends, to be called up when all of these have ended: ``waiting``, ``ready`` (none is in flight),
+        ``loop``, ``full``, ``already``. Raises LeaseLost.
+        """
+
+        def parse(reply: Any) -> Redirection:
+            word, *rest = held(attempt.key, read_words("need", reply))
+            chain = (text_of(uri).split("\n", 2)[-1] for uri in rest[0]) if word == "loop" else ()
+            return Redirection(word, tuple(chain))
+
+        waits = (ticket.job_id, ticket.commands, ticket.data, ticket.recall, delay_ms)
+        argv = (attempt.token, *waits, self._own_job(attempt), *needed)
+        return self._call("need", attempt.key, argv, parse)
+
     def ticket(self, key: Key) -> Command[tuple[str, str]]:
         """The state of a request and the id of its RQ job; "" for what is not there."""
         argv = ("HMGET", self.keys.status(key), "state", "job_id")

@@ -131,10 +131,12 @@ class NoHandler(RqarmError):
 
 
 class AliasesFull(RqarmError):
-    """The target has as many aliases as it may have. Give this request a result of its own: the target's value."""
+    """So many lead to a request, or need it, that no more are taken. When it has ended, use its value."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"request {key!r} has too many aliases already: finish with its value, once that is there")
+        super().__init__(
+            f"request {key!r} has too many aliases and dependents already: when it has ended, use its value"
+        )
         self.key = key
 
 
@@ -147,6 +149,10 @@ class RedirectLoop(RqarmError):
     def __init__(self, chain: tuple[str, ...], reason: str) -> None:
         super().__init__(f"{reason}: {' -> '.join(chain)}; let one of them compute the result")
         self.chain = chain
+
+
+class NeedLoop(RedirectLoop):
+    """Requests that need each other's results: none of them could ever go on. ``chain``: the URIs."""
 
 
 class ResultTooLarge(RqarmError):

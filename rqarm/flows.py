@@ -293,14 +293,14 @@ def get_or_submit(
     except CorruptResult:
         found = yield from _submitted(core, request, packed, True)
     if value_only and found.status.outcome in (Outcome.NEGATIVE, Outcome.REFUSED):
-        raise _unsuccessful(found.status)
+        raise unsuccessful(found.status)
     return False, found.status
 
 
 def found_value(core: Core, found: Found) -> Flow[Any]:
     """The value of what was found. Raises what its state means when it has none."""
     if found.status.state is not State.COMPLETED:
-        raise _unsuccessful(found.status)
+        raise unsuccessful(found.status)
     if found.stored is None:
         raise RequestUnknown(found.status.key)
     return (yield from value_of(core, found.stored))
@@ -322,7 +322,8 @@ def _pieces(core: Core, stored: Stored) -> Flow[list[bytes | None]]:
     return pieces
 
 
-def _unsuccessful(status: BatchStatus) -> Exception:
+def unsuccessful(status: BatchStatus) -> Exception:
+    """Why there is no value."""
     if status.outcome is Outcome.REFUSED:
         return Refused(status.key, status.queue)
     if status.state is State.FAILED:
@@ -338,7 +339,7 @@ def stored_result(core: Core, key: str) -> Flow[Stored]:
     """The stored form, for readers that fetch piece by piece."""
     found: Found = yield core.calls.read(check_key(key), with_value=True)
     if found.status.state is not State.COMPLETED:
-        raise _unsuccessful(found.status)
+        raise unsuccessful(found.status)
     if found.stored is None:
         raise RequestUnknown(found.status.key)
     return found.stored

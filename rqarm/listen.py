@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar
 import redis
 import redis.asyncio
 
+from rqarm.cancelling import cancellable
 from rqarm.keys import Keys
 from rqarm.model import Key
 
@@ -381,15 +382,16 @@ class AsyncListener:
         """Write without a pause before it: what is watched and what the server was told never differ."""
         if channels and self._connection is not None and self._connection.is_connected:
             # the task meets the same error, connects again and asks for everything
-            with contextlib.suppress(redis.exceptions.RedisError):
+            with cancellable(), contextlib.suppress(redis.exceptions.RedisError):
                 await self._connection.send_command(verb, *channels, check_health=False)
 
     async def _read(self) -> None:
         while True:
             connection = None
             try:
-                connection = self._connection = await self._pool.get_connection()
-                await connection.send_command("SUBSCRIBE", *self._ledger.again(), check_health=False)
+                with cancellable():
+                    connection = self._connection = await self._pool.get_connection()
+                    await connection.send_command("SUBSCRIBE", *self._ledger.again(), check_health=False)
                 while True:
                     message = await connection.read_response(timeout=READ, disconnect_on_error=False, push_request=True)
                     if message is not None:

@@ -173,11 +173,15 @@ class RequestManager:
         return self.shell.iterate(following.follow(self.core, request, timeout))
 
     def cancel(self, key: str) -> bool:
-        """End a request for everybody who waits for it. False when it had ended already. Raises RequestUnknown."""
+        """End a request for everybody who waits for it. False when it had ended already: also by this call, when that
+        was sent again because its reply was lost. Raises RequestUnknown.
+        """
         return self.shell.run(flows.cancel(self.core, key))
 
     def forget(self, key: str) -> bool:
-        """Drop an ended request with its result. False when it is unknown. Raises ResultNotReady while in flight."""
+        """Drop an ended request with its result. False when it is unknown: also when this call was sent again because
+        its reply was lost. Raises ResultNotReady while in flight.
+        """
         return self.shell.run(flows.forget(self.core, key))
 
     def explain(self, request: BatchRequest | str) -> Explanation:

@@ -22,7 +22,7 @@ MOST_LABELS = 100
 SUBMISSIONS = (*map(str, Outcome), "conflict", "corrupt")
 EXECUTIONS = (
     *("completed", "concluded", "redirected", "failed", "retried", "crashed"),
-    *("cancelled", "released", "parked", "revived"),
+    *("cancelled", "released", "parked", "waiting", "revived"),
 )
 REFUSALS = ("duplicate", "late")
 REMOVALS = ("expired", "cleared", "replaced", "lost")

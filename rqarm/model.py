@@ -106,6 +106,7 @@ TRANSITIONS: dict[str, dict[State, State]] = {
     "release": {State.IN_PROGRESS: State.PENDING},
     "conclude": {State.IN_PROGRESS: State.UNKNOWN},
     "redirect": {State.IN_PROGRESS: State.PENDING},
+    "need": {State.IN_PROGRESS: State.PENDING},
     "revive": {State.PENDING: State.PENDING},
     "crash": {State.IN_PROGRESS: State.PENDING},
     "requeue": {State.FAILED: State.PENDING},

@@ -17,6 +17,7 @@ they would come back as something else. ``msgpack.ExtType`` with another code an
 
 from __future__ import annotations
 
+import os
 import struct
 import traceback
 import uuid
@@ -46,6 +47,8 @@ MAX_ARGUMENTS_BYTES = 1 << 20
 #: bytes kept of an error's message (the head) and traceback (the tail)
 MAX_MESSAGE_BYTES = 4_096
 MAX_TRACEBACK_BYTES = 16_384
+#: where files of ours lie
+_HERE = os.path.dirname(__file__) + os.sep
 
 _TAGS: dict[type, Any] = {
     tuple: msgpack.ExtType(EXT_CODE, b"t"),
@@ -390,8 +393,9 @@ def pack_error(
 ) -> bytes:
     """An error as the bytes of a record's ``error`` field, at most about 21 KB.
 
-    ``error``: the exception, its type, or a name. Message and traceback are taken from the exception when not given.
-    The message keeps its first 4 KiB, the traceback its last 16 KiB: the innermost frames say most.
+    ``error``: the exception, its type, or a name. Message and traceback are taken from the exception when not given;
+    the traceback begins where it leaves rqarm. The message keeps its first 4 KiB, the traceback its last 16 KiB: the
+    innermost frames say most.
     """
     if isinstance(error, str):
         name = error
@@ -401,7 +405,7 @@ def pack_error(
     if isinstance(error, BaseException):
         message = _told(lambda: str(error)) if message is None else message
         if traceback_text is None:
-            traceback_text = _told(lambda: "".join(traceback.format_exception(error)))
+            traceback_text = _told(lambda: _traceback_of(error))
     packed: bytes = msgpack.packb(
         {
             "type": _bounded(name, 255),
@@ -410,6 +414,13 @@ def pack_error(
         }
     )
     return packed
+
+
+def _traceback_of(error: BaseException) -> str:
+    """The traceback from where it leaves rqarm: the way to the handler is the same for all."""
+    told = traceback.TracebackException.from_exception(error)
+    del told.stack[: next((n for n, frame in enumerate(told.stack) if not frame.filename.startswith(_HERE)), 0)]
+    return "".join(told.format())
 
 
 def unpack_error(packed: bytes) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from rqarm import connect
 from rqarm.calls import Batch, Call, Command
+from rqarm.cancelling import cancellable
 from rqarm.config import Settings
 from rqarm.errors import ConfigError, RqarmError
 from rqarm.flows import Emit, Flow, Listen, Step, Watch
@@ -351,11 +352,12 @@ class AsyncShell:
     async def execute(self, step: Call[Any] | Command[Any] | Batch[Any]) -> Any:
         """The answer to one step. Raises redis errors, ServerUnavailable, ForeignData, ServerUnsuitable."""
         try:
-            if isinstance(step, Command) and step.waits:
-                reply = await self._waiting_client().execute_command(*self._wire.argv(step))
-            else:
-                async with self._sending:
-                    reply = await self._send(step)
+            with cancellable():
+                if isinstance(step, Command) and step.waits:
+                    reply = await self._waiting_client().execute_command(*self._wire.argv(step))
+                else:
+                    async with self._sending:
+                        reply = await self._send(step)
         except redis.exceptions.RedisError as error:
             explained = self._wire.explain(step, error)
             if explained is error:

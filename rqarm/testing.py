@@ -22,7 +22,7 @@ from rqarm import embedded, flows
 from rqarm.browse import listing
 from rqarm.calls import ms
 from rqarm.connect import open_client
-from rqarm.context import Context, Redirected
+from rqarm.context import Context, Needed, Redirected
 from rqarm.errors import RqarmError
 from rqarm.handlers import Handlers
 from rqarm.manager import RequestManager
@@ -87,8 +87,8 @@ def drain(
             except Exception:
                 if reraise:
                     raise
-            if execution.outcome == "parked":
-                parked.add(attempt.key)  # by what the test itself runs: it gets no place before that ends
+            if execution.outcome == "parked" or execution.outcome.startswith("waits"):
+                parked.add(attempt.key)  # whoever it waits for calls it up: to start it now would be in vain
             request, family = attempt.request, execution.family
             ran.append(
                 Ran(
@@ -147,6 +147,12 @@ class RecordingContext(Context):
                 raise Redirected(target)
             return found[target.key]
 
+        def require(targets: tuple[BatchRequest, ...]) -> list[Any]:
+            missing = tuple(target for target in targets if target.key not in found)
+            if missing:
+                raise Needed(missing)
+            return [found[target.key] for target in targets]
+
         super().__init__(
             request,
             request.key,
@@ -159,6 +165,8 @@ class RecordingContext(Context):
             emit=self.emitted.append,
             look_up=look_up,
             look_up_async=lambda target: asyncio.to_thread(look_up, target),
+            require=require,
+            require_async=lambda targets: asyncio.to_thread(require, targets),
         )
 
 
@@ -172,8 +180,8 @@ def context(
 ) -> RecordingContext:
     """What a handler is called with in a test of the handler alone.
 
-    ``handlers``: whose resources it has. ``found``: results of other requests, by URI, for ``get_or_redirect``; what is
-    not there raises Redirected.
+    ``handlers``: whose resources it has. ``found``: results of other requests, by URI, for ``get_or_redirect`` and
+    ``require``; what is not there raises Redirected or Needed.
     """
     results = {BatchRequest(uri).key: value for uri, value in (found or {}).items()}
     resources = (handlers or Handlers()).resources

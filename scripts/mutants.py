@@ -2,7 +2,7 @@
 
     python scripts/mutants.py [NAME ...] [--tests tests/test_transitions.py tests/test_model.py ...]
 
-Each mutant is the package with one piece of text replaced, in a copy. It is caught when the tests fail on it. Those of
+Each mutant is the package with one piece of text replaced, in a copy. It is caught when the tests fail on it; those of
 the worker name the tests that can notice them. Exit code 1 when one lives, or when its text is no longer in the source:
 then write it anew, do not drop it.
 """
@@ -23,7 +23,7 @@ TESTS = [
     "tests/test_transitions.py", "tests/test_submit.py", "tests/test_results.py", "tests/test_attempts.py",
     "tests/test_healing.py", "tests/test_line.py", "tests/test_emissions.py", "tests/test_limits.py",
     "tests/test_model.py", "tests/test_execution.py", "tests/test_waiting.py", "tests/test_browse.py",
-    "tests/test_redirects.py", "tests/test_callbacks.py",
+    "tests/test_redirects.py", "tests/test_needs.py", "tests/test_callbacks.py",
 ]  # fmt: skip
 HELD = "if claim.state ~= 'in_progress' or claim.token ~= token then"
 NOT_FENCED = "if claim.state ~= 'in_progress' then"
@@ -268,7 +268,16 @@ MUTANTS = [
     Mutant("complete-leaves-its-job", "lua/complete.lua", "if job ~= '' then gone[2] = job end\n", ""),
     # redirects, callbacks, the quarantine
     Mutant("a-redirect-without-token", "lua/redirect.lua", HELD, NOT_FENCED),
-    Mutant("aliases-without-end", "lua/redirect.lua", "local MOST_ALIASES = 1000", "local MOST_ALIASES = 100000"),
+    Mutant("aliases-without-end", "lua/prelude.lua", "local MOST_ALIASES = 1000", "local MOST_ALIASES = 100000"),
+    Mutant(
+        "who-needs-is-never-called",
+        "lua/prelude.lua",
+        "  pcall(replay, fields.recall, fields.recall_data)\n",
+        "",
+    ),
+    Mutant("who-needs-two-is-called-by-one", "lua/prelude.lua", "if left ~= '\\n' then return", "if false then return"),
+    Mutant("two-that-need-each-other", "lua/need.lua", "if chain then", "if false then"),
+    Mutant("a-need-without-token", "lua/need.lua", HELD, NOT_FENCED),
     Mutant("a-redirect-loop", "lua/redirect.lua", "if target == key or IN_FLIGHT", "if false and IN_FLIGHT"),
     Mutant("an-alias-sleeps-on", "lua/prelude.lua", "  complete_aliases(led_by(key), key, deadline_ms)\n", ""),
     Mutant(
@@ -385,9 +394,15 @@ MUTANTS = [
         "horse-dies-when-nobody-can-connect",
         "shell.py",
         "            if connection is not None:\n                connection.disconnect()",
-        "            if connection is None:\n                raise\n"
-        "            else:\n                connection.disconnect()",
+        "            assert connection is not None\n            if True:\n                connection.disconnect()",
         ("tests/test_partition.py", "-k", "nobody_can_connect"),
+    ),
+    Mutant(
+        "lanes-forget-what-they-asked-for",
+        "worker/horse.py",
+        "        self.is_unanswered = True\n",
+        "",
+        ("tests/test_crash_points.py", "-k", "costs_no_execution and completed-3"),
     ),
     Mutant(
         "guard-kills-nobody",

@@ -200,6 +200,10 @@ class Rig:
             follow_ups=follow_ups,
         )
 
+    def need(self, attempt: Attempt, *needed: Key, ticket: ParkingTicket | None = None) -> Call[Redirection]:
+        ticket = self.parking_ticket(attempt) if ticket is None else ticket
+        return self.calls.need(attempt, needed, ticket, delay_ms=600_000)
+
     def admit(
         self, attempt: Attempt, max_running: int = 1, limit: str = LIMIT, ticket: ParkingTicket | None = None
     ) -> Call[bool]:

@@ -262,9 +262,18 @@ def test_a_request_whose_worker_is_made_to_end_is_handed_back(bench: Bench, ends
     assert bench.verbs() == ["submit", "start", "release", "start", "complete"]
 
 
-def test_a_handler_that_exits_fails(bench: Bench) -> None:
-    bench.route(lambda: sys.exit(3))
-    assert error_of(bench.run()) == ("SystemExit", "3")
+def test_the_traceback_of_a_handler_begins_with_the_handler(bench: Bench) -> None:
+    bench.route(lambda: 1 / 0)
+    error = bench.run().error
+    assert error is not None
+    frames = [line for line in error["traceback"].splitlines() if line.startswith("  File")]
+    assert "bench.py" in frames[0]
+    assert __file__ in frames[-1]
+    assert len(frames) == 2, "the bench and the lambda"
+    # what rqarm itself refuses has all of it
+    error = bench.run("/nobody").error
+    assert error is not None
+    assert "execution.py" in error["traceback"]
 
 
 # -- errors and retries

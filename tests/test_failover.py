@@ -6,6 +6,7 @@ old master still takes must count nowhere.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from redis.exceptions import RedisError, ResponseError
 from servers import FaultProxy, eventually
 from workers import APP, in_environment
 
-from rqarm import RequestLost, RequestManager, State, embedded, flows
+from rqarm import AsyncRequestManager, RequestLost, RequestManager, State, embedded, flows
 
 pytestmark = pytest.mark.faults
 
@@ -145,10 +146,15 @@ def test_what_an_old_master_takes_after_its_pause_counts_nowhere(pair: Pair) -> 
     """Row 35: with ``min-replicas-to-write`` it refuses at once."""
     rm, old = pair.rm, pair.client(0)
     key = rm.submit("/soak/1").key
-    with RequestManager(f"redis://127.0.0.1:{pair.ports[0]}", allow_volatile=True, lease=LEASE) as stale:
+    far = AsyncRequestManager(pair.url, allow_volatile=True, lease=LEASE)
+    with (
+        asyncio.Runner() as looping,
+        RequestManager(f"redis://127.0.0.1:{pair.ports[0]}", allow_volatile=True, lease=LEASE) as stale,
+    ):
         lease = stale.queues.next_request()
         assert lease is not None
         assert rm.connection.wait(1, 5000) == 1
+        assert looping.run(far.status(key)).state is State.IN_PROGRESS
         old.config_set("min-replicas-to-write", 1)
         old.config_set("min-replicas-max-lag", 1)
         pair.master.pause()
@@ -156,6 +162,7 @@ def test_what_an_old_master_takes_after_its_pause_counts_nowhere(pair: Pair) -> 
             eventually(pair.is_promoted, 30, "the Sentinel promotes the replica")
             began = time.monotonic()
             patiently(lambda: rm.status(key))
+            patiently(lambda: looping.run(far.status(key)))
             assert time.monotonic() - began < 20, "it does not wait for the one that is silent"
             taken = eventually(lambda: patiently(lambda: next_of(rm)), 20, "somebody else takes it")
             assert taken.token > lease.token
@@ -164,7 +171,8 @@ def test_what_an_old_master_takes_after_its_pause_counts_nowhere(pair: Pair) -> 
             pair.master.resume()
         with pytest.raises(ResponseError, match="NOREPLICAS"):
             lease.finish("old")
-        assert rm.result(key) == "new"
+        assert rm.result(key) == looping.run(far.result(key)) == "new"
+        looping.run(far.close())
 
 
 def next_of(rm: RequestManager) -> Any:

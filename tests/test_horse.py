@@ -278,19 +278,25 @@ def test_a_busy_worker_asks_the_server_once_for_each_request(home: embedded.Priv
     assert commands / 400 <= 60, "those inside the scripts too"
 
 
-def test_behind_an_idle_worker_the_start_comes_with_the_wake_up(home: embedded.PrivateServer, tmp_path: Path) -> None:
+@pytest.fixture
+def lonely(home: embedded.PrivateServer, tmp_path: Path) -> Iterator[Crew]:
+    """A crew on a server where nobody else blocks or asks."""
+    with servers.throwaway(home.binary) as server, crew(server.url, tmp_path, handlers=HORSE_APP) as hired:
+        yield hired
+
+
+def test_behind_an_idle_worker_the_start_comes_with_the_wake_up(lonely: Crew) -> None:
     """Three scripts for a lone request: its submit, its start and its end. Nobody asks whether there is one."""
-    with servers.throwaway(home.binary) as server, crew(server.url, tmp_path, handlers=HORSE_APP, lease=60) as team:
-        team.hire()
-        assert team.rm.get("/add/0/1", timeout=20) == 1
-        before = costs(team.rm)
-        for n in range(1, 21):
-            since = list(team.rm.events("0", 0))[-1].id
-            key = team.rm.submit(f"/add/{n}/1").key
-            assert any((event.verb, event.key) == ("complete", key) for event in team.rm.events(since, 20))
-            waiting_for_work(team)
-        _, scripts, _ = (new - old for new, old in zip(costs(team.rm), before, strict=True))
-        assert scripts <= 20 * 3 + 3, "a sweep in between"
+    lonely.hire(lease=60)
+    assert lonely.rm.get("/add/0/1", timeout=20) == 1
+    before = costs(lonely.rm)
+    for n in range(1, 21):
+        since = list(lonely.rm.events("0", 0))[-1].id
+        key = lonely.rm.submit(f"/add/{n}/1").key
+        assert any((event.verb, event.key) == ("complete", key) for event in lonely.rm.events(since, 20))
+        waiting_for_work(lonely)
+    _, scripts, _ = (new - old for new, old in zip(costs(lonely.rm), before, strict=True))
+    assert scripts <= 20 * 3 + 3, "a sweep in between"
 
 
 def waiting_for_work(team: Crew) -> None:
@@ -326,9 +332,9 @@ def test_what_a_horse_took_but_never_began_is_handed_back_at_once(
         assert {note.name for note in (team.directory / "notes").glob("-orphan-*")} == {"-orphan-a", "-orphan-b"}
 
 
-def test_what_a_horse_was_given_while_it_stood_still_outlives_it(team: Crew) -> None:
+def test_what_a_horse_was_given_while_it_stood_still_outlives_it(lonely: Crew) -> None:
     """The server starts what an idle horse has asked for before; the parent finds it without a sign of the horse."""
-    worker = team.hire(lease=60)
+    team, worker = lonely, lonely.hire(lease=60)
     horse = int(team.rm.get("/pid/a", timeout=20))
     waiting_for_work(team)
     os.kill(horse, signal.SIGSTOP)

@@ -96,12 +96,11 @@ def test_a_partition_that_heals_brings_a_result_too_late(
     check(team, key, again)
 
 
-@pytest.mark.parametrize("concurrency", [1, 3])
 def test_connections_that_are_half_open_are_replaced_within_the_lease(
-    home: embedded.PrivateServer, proxy: FaultProxy, team: Crew, concurrency: int
+    home: embedded.PrivateServer, proxy: FaultProxy, team: Crew
 ) -> None:
     """Row 43: a router has forgotten them all, and new ones come through: what runs is not lost."""
-    through(team, proxy, home.url, concurrency=concurrency, lease=6)
+    through(team, proxy, home.url, lease=6)
     key = team.rm.submit("/turn/open").key
     horse = team.note("running-open-1")
     proxy.freeze()

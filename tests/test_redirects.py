@@ -6,6 +6,7 @@ import itertools
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,16 @@ def test_a_set_that_was_to_expire_does_not_when_somebody_in_flight_enters_it(rig
     assert value_of(rig, "C") == "new"
 
 
+def test_a_put_that_is_said_twice_keeps_the_aliases_of_its_request(rig: Rig) -> None:
+    begin(rig, "/root")
+    rig.ask(rig.redirect(begin(rig, "/alias"), BatchRequest("/root").key))
+    put = rig.put(BatchRequest("/root"), "owner")
+    assert [rig.word(put), rig.word(put)] == ["stored", "stored"]
+    audit(rig.client, rig.keys)
+    rig.ask(rig.calls.forget(BatchRequest("/root").key))
+    assert rig.state(BatchRequest("/alias").key) is State.UNKNOWN
+
+
 def test_a_result_put_for_an_alias_is_its_own(rig: Rig) -> None:
     attempt = link(rig, "A>B")["B"]
     rig.ask(rig.put(BatchRequest("/A"), "owner", "mine"))
@@ -637,9 +648,19 @@ def test_a_target_that_is_refused_is_tried_again_later(bench: Bench, monkeypatch
     assert bench.rm.status(key("B")).state is State.UNKNOWN
 
 
-def nearly_full(client: redis.Redis, root: str) -> None:
-    """Room for two more aliases."""
-    client.sadd(f"arm:aliases:{BatchRequest(root).key}", *(f"alias-{n}" for n in range(998)))
+@contextmanager
+def nearly_full(client: redis.Redis, uri: str) -> Iterator[None]:
+    """Room for two more aliases; those that are there already are as real as they must be for this."""
+    root = str(BatchRequest(uri).key)
+    names = [f"alias-{n}" for n in range(998)]
+    with client.pipeline() as pipeline:
+        pipeline.sadd(f"arm:aliases:{root}", *names)
+        for name in names:
+            pipeline.hset(f"arm:status:{name}", mapping={"state": "completed", "alias": root})
+        pipeline.execute()
+    yield
+    client.srem(f"arm:aliases:{root}", *names)
+    client.delete(*(f"arm:status:{name}" for name in names))
 
 
 def test_who_finds_too_many_aliases_gets_a_copy_of_the_result(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -650,9 +671,9 @@ def test_who_finds_too_many_aliases_gets_a_copy_of_the_result(bench: Bench, monk
         raise context.redirect("/root")
 
     bench.route(lambda: "the result", "/root")
-    nearly_full(bench.rm.connection, "/root")
     keys = [bench.rm.submit(f"/alias/{n}").key for n in range(4)]
-    bench.work()
+    with nearly_full(bench.rm.connection, "/root"):
+        bench.work()
     statuses = [bench.rm.status(each) for each in keys]
     assert [bench.rm.result(each) for each in keys] == ["the result"] * 4
     root = BatchRequest("/root").key
@@ -664,11 +685,11 @@ def test_who_finds_too_many_aliases_gets_a_copy_of_the_result(bench: Bench, monk
 
 def test_a_lease_that_finds_too_many_aliases_stays(rig: Rig) -> None:
     first, second, late, ahead = (begin(rig, uri) for uri in ("/1", "/2", "/late", "/ahead"))
-    nearly_full(rig.client, "/root")
-    for attempt in (first, second):
-        assert rig.run(redirects.redirected(rig.core, attempt, "/root")) is State.PENDING
-    with pytest.raises(AliasesFull, match="too many aliases"):
-        rig.run(redirects.redirected(rig.core, late, "/root"))
+    with nearly_full(rig.client, "/root"):
+        for attempt in (first, second):
+            assert rig.run(redirects.redirected(rig.core, attempt, "/root")) is State.PENDING
+        with pytest.raises(AliasesFull, match="too many aliases"):
+            rig.run(redirects.redirected(rig.core, late, "/root"))
     assert rig.state(late.key) is State.IN_PROGRESS
     # who leads to it comes along
     assert rig.run(redirects.redirected(rig.core, ahead, "/late")) is State.PENDING

@@ -71,6 +71,9 @@ revive other        alive       alive       alive       alive       alive       
 revive same         alive       already     already     already     already     already
 redirect mine       lost        lost        lost        linked*     lost        linked*
 redirect other      lost        lost        lost        lost        lost        lost
+need mine           lost        lost        lost        waiting*     lost        waiting*
+need other          lost        lost        lost        lost        lost        lost
+need same           lost        already     already     already     already     already
 cancel -            unknown     cancelled*  cancelled*  cancelled*  cancelled*  cancelled*
 forget -            unknown     in_flight   in_flight   in_flight   in_flight   in_flight
 requeue mine        unknown     in_flight   in_flight   in_flight   in_flight   in_flight
@@ -143,6 +146,9 @@ revive mine         alive       alive       alive       alive       alive       
 revive other        alive       alive       alive       alive       alive       alive       alive       alive
 revive same         already     already     already     already     already     already     already     already
 redirect other      lost        lost        lost        lost        lost        lost        lost        lost
+need mine           lost        lost        lost        lost        lost        lost        lost        lost
+need other          lost        lost        lost        lost        lost        lost        lost        lost
+need same           already     already     already     already     already     already     already     already
 redirect mine       lost        lost        lost        lost        lost        lost        lost        lost
 cancel -            ended       ended       ended       ended       ended       ended       ended       ended
 forget -            forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*  forgotten*
@@ -217,6 +223,9 @@ revive other        alive       alive       alive       alive
 revive same         already     already     already     already
 redirect mine       linked*     linked*     lost        lost
 redirect other      lost        lost        lost        lost
+need mine           waiting*     waiting*     lost        lost
+need other          lost        lost        lost        lost
+need same           already     already     already     already
 cancel -            cancelled*  cancelled*  cancelled*  cancelled*
 forget -            in_flight   in_flight   in_flight   in_flight
 requeue mine        in_flight   in_flight   in_flight   in_flight
@@ -287,6 +296,9 @@ revive other        alive       alive
 revive same         already     already
 redirect mine       already     already
 redirect other      lost        lost
+need mine           lost        lost
+need other          lost        lost
+need same           already     already
 cancel -            cancelled*  ended
 forget -            in_flight   forgotten*
 requeue mine        in_flight   ended
@@ -342,6 +354,7 @@ SECOND_WORD = {
     ("conclude", "concluded"): "already",
     ("attend", "attended"): "already",
     ("redirect", "linked"): "already",
+    ("need", "waiting"): "already",
     ("cancel", "cancelled"): "ended",
     ("forget", "forgotten"): "unknown",
     ("requeue", "requeued"): "already",
@@ -492,6 +505,23 @@ def _full_of_aliases(rig: Rig) -> Call[Any]:
     return rig.redirect(rig.begin(REQUEST), TARGET.key)
 
 
+def _ready(rig: Rig) -> Call[Any]:
+    rig.seed("completed", TARGET)
+    return rig.need(rig.begin(REQUEST), TARGET.key, BatchRequest("/unknown").key)
+
+
+def _needed_by_the_needed(rig: Rig) -> Call[Any]:
+    mine, middle, last = rig.begin(REQUEST), rig.begin(BatchRequest("/middle")), rig.begin(TARGET)
+    assert rig.word(rig.need(middle, mine.key)) == "waiting"
+    assert rig.word(rig.need(last, middle.key)) == "waiting"
+    return rig.need(mine, last.key)
+
+
+def _too_many_dependents(rig: Rig) -> Call[Any]:
+    rig.client.sadd(rig.named("aliases", key=rig.begin(TARGET).key), *(f"alias-{n}" for n in range(1000)))
+    return rig.need(rig.begin(REQUEST), TARGET.key)
+
+
 def _linked(rig: Rig) -> Call[Any]:
     attempt = rig.begin(REQUEST)
     assert rig.word(rig.calls.trace(attempt, "00-3-4-01")) == "traced"
@@ -520,6 +550,9 @@ SPECIAL: dict[tuple[str, str], tuple[Callable[[Rig], Call[Any]], str]] = {
     ("redirect", "failed"): (_redirected("negative"), "already"),
     ("redirect", "cancelled"): (_redirected("cancelled"), "already"),
     ("redirect", "gone"): (_redirected("evicted"), "gone"),
+    ("need", "ready"): (_ready, "ready"),
+    ("need", "loop"): (_needed_by_the_needed, "loop"),
+    ("need", "full"): (_too_many_dependents, "full"),
     ("redirect", "full"): (_full_of_aliases, "full"),
     ("redirect", "loop"): (_loop, "loop"),
     ("redirect", "endless"): (_endless, "endless"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -573,6 +574,33 @@ async def test_a_waiter_that_is_cancelled_touches_nobody_else(
         assert lease is not None
         await lease.finish("value")
         assert await asyncio.wait_for(second, managers.PATIENCE) == "value"
+
+
+@pytest.mark.parametrize("nth", range(1, 6))
+async def test_a_cancellation_that_redis_py_swallows_as_it_sends_ends_the_waiter(
+    url: str, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    """Submit, subscribe, read, look whether a sweep is due, read again: whatever it sends just then."""
+    connection = redis.asyncio.connection.AbstractConnection
+    send, sent, waiters = connection.send_packed_command, 0, []
+
+    async def swallowing(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal sent
+        await send(self, *args, **kwargs)
+        if asyncio.current_task() in waiters:
+            sent += 1
+            if sent == nth:
+                waiters[0].cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0)
+
+    async with AsyncRequestManager(url, allow_volatile=True) as rm:
+        await rm.submit(URI)
+        monkeypatch.setattr(connection, "send_packed_command", swallowing)
+        waiters.append(asyncio.create_task(rm.get(URI, timeout=1)))
+        with pytest.raises(asyncio.CancelledError):
+            await waiters[0]
+        assert sent >= nth
 
 
 async def test_who_is_cancelled_while_subscribing_leaves_the_next_one_subscribed(

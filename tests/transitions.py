@@ -82,6 +82,12 @@ def call_of(rig: Rig, verb: str, variant: str, seeded: Seeded) -> Call[Any]:
         case "redirect", _:
             rig.word(rig.submit(TARGET))
             return rig.redirect(attempt, TARGET.key)
+        case "need", _:
+            rig.word(rig.submit(TARGET))
+            waits = rig.parking_ticket(attempt)
+            return rig.need(
+                attempt, TARGET.key, ticket=replace(waits, job_id=same.job_id) if variant == "same" else waits
+            )
         case "put", _:
             return rig.put(IMPOSTOR if variant == "impostor" else REQUEST, secrets.token_hex(8))
         case "read", _:

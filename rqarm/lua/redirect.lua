@@ -26,8 +26,6 @@ local follow_ups = {unpack(ARGV, 8)}
 
 -- Redirects in a row. Whoever makes a new target at each step would go on for ever.
 local MOST_HOPS = 20
--- Aliases of a root. Its end lands all of them in one step, and so does a forget: each costs the server some 30 us.
-local MOST_ALIASES = 1000
 local IN_FLIGHT = {pending = true, in_progress = true}
 
 local claim = record(key, 'state', 'token', 'queue', 'slot', 'est_ms', 'limit', 'sticky', 'ttl_ms',

@@ -25,9 +25,9 @@ import redis
 from rq.exceptions import ShutDownImminentException
 from rq.worker import BaseWorker
 
-from rqarm import flows, followups, packing, redirects, tracing
+from rqarm import flows, followups, needs, packing, redirects, tracing
 from rqarm.calls import NextUp
-from rqarm.context import Context, Redirected, RetryLater, SetAside
+from rqarm.context import Context, Needed, Redirected, RetryLater, SetAside
 from rqarm.errors import (
     AliasesFull,
     ConfigError,
@@ -209,6 +209,10 @@ class Execution:
             if isinstance(match, FollowUpMatch):
                 given = yield from self._insist(followups.prepare(self.core, self.attempt, match))
             value = None if given is None else (yield from self._handle(given))
+            while isinstance(value, Needed) and given is not None:
+                if not (yield from self._need(value, route)):
+                    return
+                value = yield from self._handle(given)
             self._check()
             if isinstance(value, Redirected):
                 yield from self._redirect(value, match)
@@ -224,8 +228,8 @@ class Execution:
         """What the handler returned, or where it sent us: a value that is another request's is not stored again."""
         try:
             value = yield Handle(match)
-        except Redirected as redirected:
-            return redirected
+        except (Redirected, Needed) as wish:
+            return wish
         finally:
             if self._emitter is not None and self._emitter.is_busy:
                 yield Flush(self._emitter)
@@ -281,13 +285,27 @@ class Execution:
         return value
 
     def look_up_in(self, shell: Shell, target: BatchRequest) -> Any:
+        _refuse_on_a_loop("aget_or_redirect")
+        return shell.run(self.look_up(target))
+
+    def _need(self, needed: Needed, route: Route) -> Generator[Any, Any, bool]:
+        """Whether the handler can be called again now, because what it needs has ended. Else the attempt is over."""
         try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return shell.run(self.look_up(target))
-        raise RuntimeError(
-            "this blocks the event loop: write `await context.aget_or_redirect(...)` in an async handler"
-        )
+            word = yield from self._insist(needs.need(self.core, self.attempt, needed.requests))
+        except (Refused, AliasesFull) as refusal:
+            yield from self._try_again_for(refusal, route)
+            return False
+        if word != "ready":
+            self._tell(f"waits for {len(needed.requests)}", route)
+        return bool(word == "ready")
+
+    def require(self, requests: tuple[BatchRequest, ...]) -> flows.Flow[list[Any]]:
+        """The results of other requests. Raises Needed when some are missing."""
+        return needs.values_of(self.core, self.attempt, requests)
+
+    def require_in(self, shell: Shell, requests: tuple[BatchRequest, ...]) -> Any:
+        _refuse_on_a_loop("arequire")
+        return shell.run(self.require(requests))
 
     def _check(self) -> None:
         """A handler that stopped early because the attempt is lost may have returned half of its answer."""
@@ -312,6 +330,8 @@ class Execution:
             shell.execute,
             look_up=partial(self.look_up_in, shell),
             look_up_async=lambda target: asyncio.to_thread(shell.run, self.look_up(target)),
+            require=partial(self.require_in, shell),
+            require_async=lambda requests: asyncio.to_thread(shell.run, self.require(requests)),
         )
         with self.stopper or time_limit(limit, self.spent()):
             value = match.call(self.attempt.request, context)
@@ -501,6 +521,14 @@ class Execution:
             outcome, error = f"{outcome} ({error.state})", None
         is_found = self._context is not None and self._context.is_found
         tell(self.core, self.attempt, self.worker, route, outcome, self.spent(), error, is_found=is_found)
+
+
+def _refuse_on_a_loop(better: str) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise RuntimeError(f"this blocks the event loop: write `await context.{better}(...)` in an async handler")
 
 
 def _is_shutdown(error: BaseException) -> bool:

@@ -175,6 +175,8 @@ class Lane:
         self._horse, self.index = horse, index
         self.number = 0
         self.next: Attempt | None = None
+        #: the next turn was asked for, and nobody knows whether the server has given it
+        self.is_unanswered = False
         self._is_promised = False
 
     def promise(self, holds: bool) -> None:
@@ -190,7 +192,9 @@ class Lane:
     def took(self, taken: Taken | Exception) -> str:
         """What was taken is next; else why nothing was. Raises what the server refused with."""
         self.promise(False)
+        self.is_unanswered = True
         attempt, reason = self._horse.took(taken)
+        self.is_unanswered = False
         if attempt is not None or isinstance(taken, UnreadableRequest):
             self.number += 1
         elif reason == "spent":
@@ -356,6 +360,17 @@ class Horse:
         except (RedisError, RqarmError) as error:
             log.warning("%s: not handed back, its lease ends: %s", attempt.key, error)
 
+    def give_up(self, lane: int, number: int) -> None:
+        """What was asked for and never answered: should the server have given it, it goes back; else it never will."""
+        name, execution = self.worker.name, execution_id(self.board.nonce, lane, number)
+        try:
+            taken = self.manager.shell.execute(taken_as(self.core, execution, taker(name, lane), name, is_last=True))
+            if taken.attempt is not None:
+                self.manager.shell.run(flows.release(self.core, taken.attempt))
+            self.board.show(lane, number, None)
+        except (RedisError, RqarmError) as error:
+            log.warning("a request may be lost to us until its lease ends: %s", error)
+
     def hand_back(self) -> None:
         """Release what cannot be read here. Raises RedisError, RqarmError."""
         while self.unread:
@@ -422,20 +437,9 @@ class OneHorse(Horse):
             waiting.close()
         self._armed = None
         while self._unanswered:
-            self._give_up(self._unanswered.popleft())
+            number = self._unanswered.popleft()
+            self.give_up(number % self.board.lanes, number)
         return reason
-
-    def _give_up(self, number: int) -> None:
-        """What was asked for and never answered: should the server have given it, it goes back; else it never will."""
-        lane = number % self.board.lanes
-        name, execution = self.worker.name, execution_id(self.board.nonce, lane, number)
-        try:
-            taken = self.manager.shell.execute(taken_as(self.core, execution, taker(name, lane), name, is_last=True))
-            if taken.attempt is not None:
-                self.manager.shell.run(flows.release(self.core, taken.attempt))
-            self.board.show(lane, number, None)
-        except (RedisError, RqarmError) as error:
-            log.warning("a request may be lost to us until its lease ends: %s", error)
 
     def _serve(self, order: Order, waiting: Waiting) -> str:
         while True:

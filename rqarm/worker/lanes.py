@@ -32,6 +32,7 @@ from rqarm.worker.board import Board
 from rqarm.worker.execution import Execution, Flush, Handle, Pause
 from rqarm.worker.horse import LEAVING_A_JOB, Horse, Lane, Order, Waiting
 from rqarm.worker.limits import Interruptible, await_in_time
+from rqarm.worker.patience import pause_after
 
 if TYPE_CHECKING:
     from rqarm.worker.rqworker import Worker
@@ -161,13 +162,14 @@ class ManyHorse(Horse):
         self._alone = ThreadPoolExecutor(1, "rqarm-alone")
         self._beside = ThreadPoolExecutor(board.lanes, "rqarm-thread")
         self._pump = Pump(self.manager.shell.execute)
+        self._refusals = 0
 
     def serve(self, order: Order) -> str:
         return equipment.event_loop().run(self._serve(order, self.begin(order)))
 
     async def _serve(self, order: Order, waiting: Waiting) -> str:
         loop = asyncio.get_running_loop()
-        self._news, self._company = asyncio.Event(), Company()
+        self._news, self._heard, self._company = asyncio.Event(), asyncio.Event(), Company()
         loop.add_reader(self.parent.fileno(), self._listen)
         sleeper: asyncio.Task[None] | None = None
         reason = ""
@@ -177,9 +179,10 @@ class ManyHorse(Horse):
                 if sleeper is not None and sleeper.done():
                     sleeper, reason = None, ""
                 reason = self.why_stop() or reason or await self._fill()
-                if not self._running and reason and (reason != "empty" or order.is_burst):
+                is_over = order.is_burst and not self._is_unanswered()
+                if not self._running and reason and (reason != "empty" or is_over):
                     return reason
-                if reason == "empty" and sleeper is None and not order.is_burst:
+                if reason == "empty" and sleeper is None and not is_over:
                     sleeper = asyncio.create_task(self._sleep(waiting))
                 self.board.wait(0 if self._running else self.board.waits_since() or time.monotonic())
                 await self._news.wait()
@@ -192,14 +195,24 @@ class ManyHorse(Horse):
                 await asyncio.wait([sleeper])
             # in the thread that may still be at it for the sleeper
             await self._pump.run(waiting.close)
+            for lane in self._lanes:
+                if lane.is_unanswered:
+                    lane.is_unanswered = False
+                    await self._pump.run(partial(self.give_up, lane.index, lane.number + 1))
             if self._reports:
                 await asyncio.wait(self._reports)
+
+    def _is_unanswered(self) -> bool:
+        """Whether the server may have given something that did not arrive."""
+        return any(lane.is_unanswered for lane in self._lanes)
 
     async def _fill(self) -> str:
         """Take as much as there is room for; why no more. ``full``: ask again when something has ended."""
         count = 1  # and twice as many each time, for as long as there is enough
         while True:
-            free = [lane for lane in self._lanes if lane not in self._running][:count]
+            free = [lane for lane in self._lanes if lane not in self._running]
+            # what the server may have given already comes first
+            free = sorted(free, key=lambda lane: not lane.is_unanswered)[:count]
             count = min(2 * count, TOGETHER)
             if self._last:
                 free = free[: max(0, self._last - self.ended - self.in_hand - self.promised)]
@@ -229,9 +242,15 @@ class ManyHorse(Horse):
             log.warning("what cannot be read here was not handed back yet: %s", error)
 
     async def _sleep(self, waiting: Waiting) -> None:
-        """Until something is queued; on an error, a while."""
-        loop = asyncio.get_running_loop()
-        heard = asyncio.Event()
+        """Until something is queued; on an error, a while, also when it may be that something was taken already."""
+        if self._is_unanswered():
+            self._refusals += 1
+            await asyncio.sleep(pause_after(self._refusals))
+            self._news.set()
+            return
+        self._refusals = 0
+        loop, heard = asyncio.get_running_loop(), self._heard
+        heard.clear()
         files: list[int] = []
         try:
             files = await self._pump.run(waiting.arm)
@@ -273,6 +292,8 @@ class ManyHorse(Horse):
     def _freed(self, lane: Lane, task: asyncio.Task[None]) -> None:
         del self._running[lane]
         self._news.set()
+        if lane.is_unanswered:
+            self._heard.set()  # what may be its next one is in no list
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("lane %d stumbled", lane.index, exc_info=error)
 
@@ -386,6 +407,8 @@ class ManyHorse(Horse):
             self._pump.execute,
             look_up=partial(run.look_up_in, self.manager.shell),
             look_up_async=lambda target: through(run.look_up(target), self._pump.execute),
+            require=partial(run.require_in, self.manager.shell),
+            require_async=lambda requests: through(run.require(requests), self._pump.execute),
         )
         handling = asyncio.ensure_future(
             await_in_time(match.call(run.attempt.request, context), run.limit, run.spent())

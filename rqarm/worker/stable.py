@@ -315,8 +315,8 @@ class Stable:
         """In a thread: renew while the main thread waits for a server that is silent, and end a horse whose leases run
         out all the same.
         """
-        looked = time.monotonic()
-        while not horse.is_gone.wait(self._tick):
+        looked, pause = time.monotonic(), self._tick
+        while not horse.is_gone.wait(pause):
             now = time.monotonic()
             with horse.life:
                 if horse.is_gone.is_set():
@@ -328,6 +328,7 @@ class Stable:
                     log.warning("no lease was renewed for two thirds of one: the work horse is killed")
                     kill_group(horse.pid, signal.SIGKILL)
                     return
+                pause = self._idle_tick if horse.board.waits_since() else self._tick
             due = self.settings.renewal_or_default + self._tick
             self._renew([run for run in runs if not run.death and now - run.renewed >= due], now)
             looked = time.monotonic()
@@ -511,7 +512,7 @@ class Stable:
             run = self._runs.pop((turn.lane, turn.number), None) or _Run(turn, turn.began)
             run.turn = turn  # as the board has it now
             runs.append(run)
-        for run in self._runs.values():
+        for run in list(self._runs.values()):  # the guard may add one
             if run.shown is not None:
                 run.shown.hide(self.worker)
         self._runs.clear()
