@@ -44,6 +44,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from ipaddress import IPv6Address
 from operator import itemgetter
+from typing import Any
 
 import idna
 
@@ -303,6 +304,25 @@ def redact(uri: str, secret_params: Sequence[str]) -> str:
     return uri[:cut] + "".join(_redact_piece(piece, is_secret) for piece in pieces)
 
 
+def redact_words(text: str, secret_params: Sequence[str]) -> str:
+    """``redact`` for a message or a traceback: word by word, since it takes all behind a "?" for a query."""
+    return "".join(
+        redact_part(word, secret_params) if "=" in word or "@" in word else word for word in _WORDS.findall(text)
+    )
+
+
+def redact_part(part: str, secret_params: Sequence[str]) -> str:
+    """``redact`` for a part of a URI, which may be a parameter alone."""
+    if "=" in part and "?" not in part:
+        return redact(f"?{part}", secret_params)[1:]
+    return redact(part, secret_params)
+
+
+def redact_error(error: Mapping[str, Any], secret_params: Sequence[str]) -> dict[str, Any]:
+    """Type, message and traceback of an error, which often repeats the URI."""
+    return {name: redact_words(text, secret_params) if isinstance(text, str) else text for name, text in error.items()}
+
+
 def is_secret(name: str, secret_params: Sequence[str]) -> bool:
     """Whether ``redact`` hides the value of a parameter of this name, which is decoded."""
     matches = _secret_names(secret_params)
@@ -316,6 +336,7 @@ def _secret_names(secret_params: Sequence[str]) -> Callable[[str], object] | Non
 
 
 _TAIL = re.compile(r"[?#]")
+_WORDS = re.compile(r"\S+|\s+")
 _SEPARATOR = re.compile(r"([&#])")
 _NAME = re.compile(r"(?:^|[;?])([^=;?]*)=")
 # Userinfo at the start of a text, also with backslashes or without `//`; and in a URI that is a parameter's value.

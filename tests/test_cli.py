@@ -1104,6 +1104,21 @@ def test_inspect_shows_how_each_attempt_ended(run: Run, rm: RequestManager) -> N
     assert lines.index("Traceback of attempt 1") < lines.index("Traceback of attempt 2")
 
 
+def test_no_error_that_is_shown_repeats_a_secret(run: Run, rm: RequestManager) -> None:
+    key = rm.submit("/slow?token=s3cr3t&a=1").key
+    try:
+        raise ValueError("upstream refused /slow?token=s3cr3t&a=1 of https://u:s3cr3t@h/")
+    except ValueError as error:
+        take(rm).fail(error, quarantine=True)
+    for command in (["inspect"], ["inspect", "--json"], ["status"], ["status", "--json"], ["quarantine", "show"]):
+        shown = run(*command, key).output
+        assert "upstream refused /slow?token=***&a=1" in shown, command
+        assert "s3cr3t" not in shown, command
+    listed = run("quarantine", "list", "--json").output
+    assert "s3cr3t" not in listed
+    assert "token=***" in listed
+
+
 def test_claims_are_listed_and_released(run: Run, rm: RequestManager) -> None:
     key = rm.submit("/slow?token=s3cr3t").key
     lease = take(rm)

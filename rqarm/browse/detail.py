@@ -20,7 +20,7 @@ from rqarm.model import BatchStatus, Key, Priority, State, Token, View
 from rqarm.replies import joined, moment, read_events, read_mapping, read_status, read_words, rows, text_of
 from rqarm.request import BatchRequest
 from rqarm.request import unpack as unpack_request
-from rqarm.uri import Step, canonicalize, check_key, is_secret, redact
+from rqarm.uri import Step, canonicalize, check_key, is_secret, redact, redact_error
 
 #: events that are looked at behind each time of a record, and payloads that are listed
 WINDOW, PAYLOADS = 200, 100
@@ -103,6 +103,9 @@ class RequestDetail(View):
         def hide(text: str) -> str:
             return redact(text, secret_params)
 
+        def without_secrets(error: dict[str, Any] | None) -> dict[str, Any] | None:
+            return redact_error(error, secret_params) if error else error
+
         def part(text: str) -> str:
             return hide(text) if "?" in text else hide(f"?{text}")[1:]
 
@@ -111,7 +114,8 @@ class RequestDetail(View):
         ]
         return replace(
             self,
-            status=replace(self.status, uri=hide(self.status.uri)),
+            status=replace(self.status, uri=hide(self.status.uri), error=without_secrets(self.status.error)),
+            attempts=tuple(replace(each, error=without_secrets(each.error)) for each in self.attempts),
             request=None,
             original=hide(self.original),
             identity=hide(self.identity),

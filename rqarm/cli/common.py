@@ -29,7 +29,7 @@ from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, Key, State
 from rqarm.request import BatchRequest
 from rqarm.text import SUSPECT, duration, is_unsafe, jsonable, plain
-from rqarm.uri import check_key, redact
+from rqarm.uri import check_key, redact, redact_error
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -240,7 +240,8 @@ def shown_uri(status: BatchStatus, settings: Settings) -> str:
 
 def document_of(status: BatchStatus, settings: Settings) -> dict[str, Any]:
     """The status for ``--json``, without secret parameters."""
-    return {**status.to_dict(), "uri": shown_uri(status, settings)}
+    error = redact_error(status.error, settings.secret_params) if status.error else None
+    return {**status.to_dict(), "uri": shown_uri(status, settings), "error": error}
 
 
 def shown_with_status(view: CacheEntry | Claim, settings: Settings) -> dict[str, Any]:

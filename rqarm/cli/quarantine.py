@@ -27,7 +27,7 @@ from rqarm.config import Settings
 from rqarm.model import Reason
 from rqarm.replies import QuarantineEntry
 from rqarm.text import plain
-from rqarm.uri import is_secret, redact
+from rqarm.uri import is_secret, redact, redact_words
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -113,7 +113,7 @@ def show(target: Target, key: str, is_json: bool) -> int:
     pairs += [(field, json_text(document[field], indent=None)) for field in texts]
     print_pairs((field, value) for field, value in pairs if value not in (None, "", "{}", "[]"))
     if entry.traceback:
-        click.echo(plain(entry.traceback.rstrip(), keep="\n\t"))
+        click.echo(plain(document["traceback"].rstrip(), keep="\n\t"))
     return 0
 
 
@@ -182,6 +182,8 @@ def _document(entry: QuarantineEntry, settings: Settings) -> dict[str, Any]:
         del document["payloads"]
     for field in ("kwargs", "info"):
         document[field] = _redacted(document[field], settings)
+    for field in ("message", "traceback"):
+        document[field] = redact_words(document[field], settings.secret_params)
     return document
 
 

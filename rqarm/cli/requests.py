@@ -44,7 +44,7 @@ from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, Key, Outcome, State
 from rqarm.request import BatchRequest
 from rqarm.text import duration, plain
-from rqarm.uri import Canonical, canonicalize
+from rqarm.uri import Canonical, canonicalize, redact_error
 
 
 def _pairs(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -256,11 +256,12 @@ def _print_status(status: BatchStatus, settings: Settings) -> None:
         pairs.append(("sticky", "yes"))
     if status.quarantined:
         pairs.append(("quarantined", status.reason))
-    if status.error:
-        pairs.append(("error", f"{status.error.get('type', '')}: {status.error.get('message', '')}"))
+    error = redact_error(status.error, settings.secret_params) if status.error else {}
+    if error:
+        pairs.append(("error", f"{error.get('type', '')}: {error.get('message', '')}"))
     print_pairs(pairs)
-    if status.error and status.error.get("traceback"):
-        click.echo(plain(str(status.error["traceback"]).rstrip(), keep="\n\t"))
+    if error.get("traceback"):
+        click.echo(plain(str(error["traceback"]).rstrip(), keep="\n\t"))
 
 
 @click.command()

@@ -16,7 +16,7 @@ from rqarm.dashboard.state import Dashboard
 from rqarm.errors import InvalidRequest, RqarmError
 from rqarm.model import BatchStatus
 from rqarm.text import jsonable
-from rqarm.uri import check_key
+from rqarm.uri import check_key, redact_error, redact_part, redact_words
 
 Arguments = Mapping[str, str]
 Document = dict[str, Any]
@@ -24,7 +24,6 @@ Document = dict[str, Any]
 #: entries of a page
 PAGE = 50
 MOST = 500
-_WORDS = re.compile(r"\S+|\s+")
 _EVENT_ID = re.compile(r"[0-9]{1,15}(?:-[0-9]{1,15})?")
 
 
@@ -64,8 +63,6 @@ def request(dashboard: Dashboard, given: Arguments) -> Document:
     document["payloads"] = shown.scrubbed(document["payloads"], settings.secret_params)
     # the fields in which other text may repeat the request's own
     document["record"] = {name: dashboard.redacted(text) for name, text in document["record"].items()}
-    for each in (document["status"], *document["attempts"]):
-        _scrub_error(dashboard, each)
     uri = raw_uri or str(detail.key)
     return {
         "title": uri[:120],
@@ -127,7 +124,7 @@ def explain(dashboard: Dashboard, given: Arguments) -> Document:
         found[name] = dashboard.redacted(found[name])
     for step in found["steps"]:
         for name in ("before", "after"):
-            step[name] = _redacted_part(dashboard, step[name])
+            step[name] = redact_part(step[name], dashboard.manager.settings.secret_params)
     return {"explanation": found}
 
 
@@ -160,30 +157,10 @@ def _number(given: Arguments, name: str, default: int, least: int, most: int) ->
 
 def _status(dashboard: Dashboard, status: BatchStatus) -> Document:
     document = status.to_dict()
-    _scrub_error(dashboard, document)
+    if document["error"]:
+        document["error"] = redact_error(document["error"], dashboard.manager.settings.secret_params)
     document["uri"] = dashboard.redacted(document["uri"])
     return document
-
-
-def _scrub_error(dashboard: Dashboard, document: Document) -> None:
-    """Take the URI's secrets out of the error, which often repeats it."""
-    if document["error"]:
-        document["error"] = {
-            name: _redacted_lines(dashboard, text) if isinstance(text, str) else text
-            for name, text in document["error"].items()
-        }
-
-
-def _redacted_lines(dashboard: Dashboard, text: str) -> str:
-    """Word by word, since redact takes what follows a question mark for a query up to the end."""
-    return "".join(
-        _redacted_part(dashboard, word) if "=" in word or "@" in word else word for word in _WORDS.findall(text)
-    )
-
-
-def _redacted_part(dashboard: Dashboard, part: str) -> str:
-    """A part of a URI, which may be a parameter alone."""
-    return dashboard.redacted(f"?{part}")[1:] if "=" in part and "?" not in part else dashboard.redacted(part)
 
 
 def _entry(dashboard: Dashboard, entry: Any) -> Document:
@@ -196,7 +173,7 @@ def _set_aside(dashboard: Dashboard, entry: Any) -> Document:
     secret = dashboard.manager.settings.secret_params
     document["uri"] = dashboard.redacted(document["uri"])
     for name in ("message", "traceback"):
-        document[name] = _redacted_lines(dashboard, document[name])
+        document[name] = redact_words(document[name], secret)
     for name in ("kwargs", "info"):
         document[name] = shown.scrubbed(document[name], secret)
     del document["payloads"]
