@@ -158,7 +158,7 @@ MUTANTS = [
     Mutant(
         "load-is-never-given-back",
         "lua/prelude.lua",
-        "if est_ms > 0 then add_load(fields.queue, fields.slot, int(-est_ms)) end",
+        "      add_load(fields.queue, fields.slot, int(-est_ms))\n",
         "",
     ),
     Mutant(

@@ -23,7 +23,7 @@
 
 local leases = KEYS[1]
 local prefix, exec, taker, worker, lease_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
-local job_prefix, suspended, is_last, lists = ARGV[6], ARGV[7], ARGV[8] == '1', {unpack(ARGV, 9)}
+local job_prefix, suspended, is_last, lists = ARGV[6], ARGV[7], ARGV[8], {unpack(ARGV, 9)}
 local is_worker = suspended ~= ''
 
 -- Superseded tickets that are thrown away in one step, at the most.
@@ -80,7 +80,7 @@ if last_exec == exec then
   local last = record(last_key, unpack(BEFORE))
   if last.exec == exec then taken, from, last.key = last, '', last_key end
   is_spent = not taken
-elseif is_last then
+elseif is_last == '1' then
   redis.call('HSET', takers_name(), taker, exec .. ' ' .. NOTHING)
 end
 
