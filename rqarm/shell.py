@@ -319,11 +319,16 @@ class AsyncShell:
 
     async def _drive(self, flow: Flow[Any], give: Callable[[Any], None]) -> AsyncIterator[Any]:
         watching: AsyncWatching | None = None
+        task = asyncio.current_task()
+        cancelled = task.cancelling() if task is not None else 0
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(flow.close)
             answer: Any = None
             failure: Exception | None = None
             while True:
+                if task is not None and task.cancelling() > cancelled:
+                    # asyncio.wait_for of Python 3.11, by which redis-py writes, can swallow a cancellation
+                    raise asyncio.CancelledError
                 try:
                     step = flow.send(answer) if failure is None else flow.throw(failure)
                 except StopIteration as end:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -41,6 +42,7 @@ from rqarm.flows import RECHECK, Core, Emit, Listen, Watch
 from rqarm.keys import Keys
 from rqarm.model import Key
 from rqarm.rqjobs import RqJobs
+from rqarm.shell import AsyncShell
 
 URI = "/cities/FR"
 KEY = BatchRequest(URI).key
@@ -572,6 +574,29 @@ async def test_a_waiter_that_is_cancelled_touches_nobody_else(
         assert lease is not None
         await lease.finish("value")
         assert await asyncio.wait_for(second, managers.PATIENCE) == "value"
+
+
+async def test_a_cancellation_that_a_library_swallows_ends_the_wait(
+    url: str, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As asyncio.wait_for of Python 3.11 does when what it waits for ends in the same step."""
+    send = AsyncShell._send
+
+    async def swallowing(self: AsyncShell, step: Any) -> Any:
+        reply = await send(self, step)
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        return reply
+
+    async with AsyncRequestManager(url, allow_volatile=True) as rm:
+        monkeypatch.setattr(AsyncShell, "_send", swallowing)
+        waiting = asyncio.create_task(rm.get(URI))
+        done, _ = await asyncio.wait([waiting], timeout=managers.PATIENCE)
+        assert done
+        assert waiting.cancelled()
 
 
 async def test_who_is_cancelled_while_subscribing_leaves_the_next_one_subscribed(
