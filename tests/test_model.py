@@ -170,7 +170,7 @@ class Watched(Rig):
 #: answers that no run of the machine may miss
 REACHED = {
     ("submit", "new joined hit negative"),
-    ("take", "started empty"),
+    ("take", "started empty spent"),
     ("start", "started superseded unknown"),
     ("renew", "renewed lost"),
     ("emit", "emitted already lost"),
@@ -661,10 +661,12 @@ class Machine(RuleBasedStateMachine):
         answer = self.rig.ask(self.rig.take(execution))
         if is_again and taken is not None:
             record = self.world.records.get(taken[1])
-            if record is not None and record.execution == execution:
-                assert isinstance(answer, Attempt)
-                assert int(answer.token) == record.token
+            if record is None or record.execution != execution:
+                assert isinstance(answer, str), "an execution starts once"
                 return
+            assert isinstance(answer, Attempt)
+            assert int(answer.token) == record.token
+            return
         uri = self.popped()
         if uri is None:
             assert isinstance(answer, str)

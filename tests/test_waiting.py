@@ -502,7 +502,7 @@ def test_who_stops_reading_passes_it_on(
         listener = rm.shell._listening()
         waiting = []
         for number, key in enumerate(keys):
-            waiting.append(threads.start(rm.result, key, managers.PATIENCE))
+            waiting.append(threads.start(rm.result, key, None))  # only a wake-up ends it
             watched(redis_client, *keys[: number + 1])
             eventually(lambda: listener._is_read)
             eventually(lambda number=number: len(listener._asleep) == number)  # type: ignore[misc]

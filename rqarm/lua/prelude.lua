@@ -1,7 +1,7 @@
 -- prelude: what the transitions share. A script gets the paragraphs that it needs; key names are written out by
 -- rqarm.keys.
 --
--- Order of work in every script: read, refuse, write, one return. Numbers go out as '%.0f': a Lua number printed by
+-- Order of work in every script: read, refuse, write, one return. Numbers go out by `int`: a Lua number printed by
 -- tostring loses digits above 1e14, and our times in microseconds are above.
 
 -- Score of a pending request = priority * STRIDE + ticket. A ticket is a time in microseconds, so it stays below
@@ -15,7 +15,8 @@ local EVENTS_KEPT = 10000
 -- Requests that one free place or one step of the sweep calls up at the most.
 local MOST_CALLED = 100
 
-local function int(n) return string.format('%.0f', n) end
+-- Without its fraction. '%.0f' and `..` take three times as long, and a script does it a dozen times.
+local function int(n) return string.format('%d', math.floor(n)) end
 
 local clock = redis.call('TIME')
 local now_us = tonumber(clock[1]) * 1000000 + tonumber(clock[2])
@@ -51,7 +52,7 @@ end
 -- The record for the caller, as one string: netstrings of RECORD_FIELDS in their order, '-' for a field that is not
 -- there. One string, because a client reads it several times faster than a list of fourteen.
 local function packed_record(values)
-  for i = 1, #RECORD_FIELDS do values[i] = values[i] and #values[i] .. ':' .. values[i] or '-' end
+  for i = 1, #RECORD_FIELDS do values[i] = values[i] and string.format('%d:', #values[i]) .. values[i] or '-' end
   return table.concat(values, '', 1, #RECORD_FIELDS)
 end
 
@@ -80,8 +81,8 @@ local function note_submission(outcome, key, family, fields)
   elseif outcome == 'joined' then
     saved_ms = tonumber(fields.est_ms) or 0
   end
-  local noted = redis.pcall('RPUSH', noted_name('submissions'), math.floor(now_ms / 60000) .. '\n' .. outcome .. '\n'
-    .. string.sub(family, 1, 61) .. '\n' .. math.max(saved_ms, 0) .. '\n' .. hit)
+  local noted = redis.pcall('RPUSH', noted_name('submissions'), int(now_ms / 60000) .. '\n' .. outcome .. '\n'
+    .. string.sub(family, 1, 61) .. '\n' .. int(math.max(saved_ms, 0)) .. '\n' .. hit)
   return type(noted) == 'number' and noted >= MOST_NOTED
 end
 
@@ -227,7 +228,7 @@ end
 
 -- A note of an attempt that ended: minute, word; if for good: family, queue, ms that it ran and had waited, stored size.
 local function note_end(word, family, queue, run_ms, wait_ms, size_bytes)
-  local noted = redis.pcall('RPUSH', noted_name('executions'), math.floor(now_ms / 60000) .. '\n' .. word .. '\n'
+  local noted = redis.pcall('RPUSH', noted_name('executions'), int(now_ms / 60000) .. '\n' .. word .. '\n'
     .. string.sub(family, 1, 61) .. '\n' .. queue .. '\n' .. run_ms .. '\n' .. wait_ms .. '\n' .. size_bytes)
   if type(noted) == 'number' and noted >= MOST_NOTED then settle('executions') end
 end
@@ -314,7 +315,7 @@ local function line_up(key, queue, priority, ticket, est_ms, slot)
       redis.call('SADD', queues_name(), queue)
       redis.call('HSET', load, rank .. 'f', int(ticket))
     end
-    slot = rank .. ':' .. n
+    slot = rank .. ':' .. int(n)
   elseif ticket < (tonumber(redis.call('HGET', load, rank .. 'f') or nil) or math.huge) then
     slot = rank .. ':0'
   end
@@ -864,7 +865,7 @@ end
 local function learn(family, run_ms)
   local runtimes = stats_name('runtime')
   local known = redis.call('HMGET', runtimes, '*', family)
-  local function mean(before) return int(before and before + NEWEST * (run_ms - before) or run_ms) end
+  local function mean(before) return int(before and before + NEWEST * (run_ms - before) + 0.5 or run_ms) end
   local all, mine = mean(tonumber(known[1] or nil)), mean(tonumber(known[2] or nil))
   if known[1] == all and known[2] == mine then return end
   if known[2] or redis.call('HLEN', runtimes) < MOST_FAMILIES then
