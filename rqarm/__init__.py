@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from rqarm.aio import AsyncRequestManager
 from rqarm.bulk import Hit
-from rqarm.codec import Result
 from rqarm.context import Context
 from rqarm.errors import (
     BulkError,
@@ -33,11 +32,13 @@ from rqarm.errors import (
     WaitTimeout,
 )
 from rqarm.following import FollowEvent, FollowKind
-from rqarm.handlers import MISS, Handlers, Retry
+from rqarm.handlers import MISS, Handlers
 from rqarm.inline import BulkResult
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, Outcome, Priority, Reason, State
 from rqarm.request import BatchRequest
+from rqarm.result import Result
+from rqarm.routes import Retry
 from rqarm.version import __version__ as __version__
 
 if TYPE_CHECKING:

@@ -7,13 +7,19 @@ from typing import Any
 
 import redis.asyncio
 
-from rqarm import browse, bulk, connect, flows, following, inline
-from rqarm.browse import ClaimPage, RequestDetail, SearchPage, WorkersView
+from rqarm import bulk, connect, flows, following, inline
+from rqarm.browse import claims, detail, events, listing, search, workers
+from rqarm.browse.claims import ClaimPage
+from rqarm.browse.detail import RequestDetail
+from rqarm.browse.events import Event
+from rqarm.browse.explain import Explanation, explain
+from rqarm.browse.search import SearchPage
+from rqarm.browse.workers import WorkersView
 from rqarm.bulk import AsyncEntries as Entries
 from rqarm.bulk import Entry, OnError
 from rqarm.cache import AsyncCache
 from rqarm.config import Settings
-from rqarm.flows import Core, Event
+from rqarm.flows import Core
 from rqarm.following import FollowEvent
 from rqarm.inline import BulkResult, Compute, Mitigation, OnHits
 from rqarm.inspect import Overview, overview
@@ -24,7 +30,6 @@ from rqarm.queue import AsyncLease, AsyncQueues
 from rqarm.request import BatchRequest
 from rqarm.rqjobs import RqJobs
 from rqarm.shell import GIVEN, AsyncShell, same_docs
-from rqarm.views import Explanation, explain
 
 
 @same_docs(RequestManager)
@@ -88,7 +93,7 @@ class AsyncRequestManager:
         return await self.shell.run(flows.find(self.core, key))
 
     async def queue(self, name: str | None = None) -> list[BatchStatus]:
-        return await self.shell.run(flows.pending(self.core, name))
+        return await self.shell.run(listing.pending(self.core, name))
 
     async def result(self, key: str, timeout: float | None = 0) -> Any:
         return await self.shell.run(flows.result(self.core, key, timeout))
@@ -134,23 +139,23 @@ class AsyncRequestManager:
         limit: int = 50,
     ) -> SearchPage:
         return await self.shell.run(
-            browse.search(self.core, text, state=state, route=route, tag=tag, queue=queue, cursor=cursor, limit=limit)
+            search.search(self.core, text, state=state, route=route, tag=tag, queue=queue, cursor=cursor, limit=limit)
         )
 
     async def inspect(self, key: str, *, values: bool = False) -> RequestDetail:
-        return await self.shell.run(browse.inspect(self.core, key, values=values))
+        return await self.shell.run(detail.inspect(self.core, key, values=values))
 
     async def claims(self, *, offset: int = 0, limit: int = 50) -> ClaimPage:
-        return await self.shell.run(browse.claims(self.core, offset, limit))
+        return await self.shell.run(claims.claims(self.core, offset, limit))
 
     async def release(self, key: str) -> bool:
-        return await self.shell.run(browse.release(self.core, key))
+        return await self.shell.run(claims.release(self.core, key))
 
     async def workers(self) -> WorkersView:
-        return await self.shell.run(browse.workers(self.core))
+        return await self.shell.run(workers.workers(self.core))
 
     def events(self, since: str | None = None, timeout: float | None = None) -> AsyncIterator[Event]:
-        return self.shell.iterate(flows.events(self.core, since, timeout))
+        return self.shell.iterate(events.events(self.core, since, timeout))
 
     async def close(self) -> None:
         await self.shell.close()

@@ -14,11 +14,13 @@ from itertools import zip_longest
 from typing import Any, TypeAlias
 
 from rqarm import codec, flows, tracing
-from rqarm.calls import Attempt, Batch, Call, Found, Stored, Ticket, ms
+from rqarm.calls import Batch, Call, Ticket, ms
 from rqarm.errors import BulkError, CorruptResult, InvalidRequest, RqarmError
 from rqarm.flows import PIECES, Core, Emit, Flow
 from rqarm.model import BatchStatus, Key, Outcome
+from rqarm.replies import Attempt, Found, Stored
 from rqarm.request import BatchRequest, as_request
+from rqarm.result import Result
 
 #: requests that one round trip carries at the most. Each is about 1.5 KB on the way. Trips of 3,000 took as long for
 #: each (0.97 to 1.03 of the time, twelve rounds on a noisy machine), trips of 100 a tenth longer; more need memory
@@ -341,7 +343,7 @@ def _start_call(core: Core, group: Group, worker: str) -> Call[Any]:
 def finish(core: Core, group: Group, value: Any) -> Flow[None]:
     """Store what the caller computed; the group has it then as a reader would get it. Raises as flows.finish does."""
     assert group.attempt is not None, "only what is held can be finished"
-    is_stream = isinstance(value, Iterator | codec.Result) or hasattr(value, "read")
+    is_stream = isinstance(value, Iterator | Result) or hasattr(value, "read")
     group.payloads = yield from flows.finish(core, group.attempt, value, wants_payloads=True)
     found: Found = yield core.calls.read(group.attempt.key, with_value=False)
     group.value = (yield from flows.result(core, group.attempt.key)) if is_stream else value

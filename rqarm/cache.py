@@ -6,11 +6,13 @@ import io
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import IO, Any
 
-from rqarm import browse, codec, flows
-from rqarm.browse import CacheOverview, CachePage
-from rqarm.calls import Stats
+from rqarm import codec, flows
+from rqarm.browse import cached, listing, search
+from rqarm.browse.cached import CacheOverview
+from rqarm.browse.search import CachePage
 from rqarm.flows import Core
 from rqarm.model import BatchStatus, Key, State
+from rqarm.replies import Stats
 from rqarm.request import BatchRequest
 from rqarm.shell import AsyncShell, Shell, same_docs
 
@@ -59,39 +61,39 @@ class Cache:
 
     def list(self, limit: int | None = None) -> Iterator[BatchStatus]:
         """The cached results, soonest to expire first, sticky ones last."""
-        return self._shell.iterate(flows.browse(self._core, self._core.keys.named("results"), limit))
+        return self._shell.iterate(listing.entries(self._core, self._core.keys.named("results"), limit))
 
     def page(self, *, order: str = "expiry", cursor: str = "", limit: int = 50) -> CachePage:
         """A page of the cached results with their sizes, and the cursor of the next. One round trip.
 
         ``order``: ``expiry`` (soonest first), ``-expiry`` (sticky ones first) or ``size`` (largest first).
         """
-        return self._shell.run(browse.cache_page(self._core, order, cursor, limit))
+        return self._shell.run(search.cache_page(self._core, order, cursor, limit))
 
     def overview(self, *, sample: int = 500) -> CacheOverview:
         """The cache in numbers: entries, bytes, times to live, the largest; ages, routes and kinds from a sample.
 
         One round trip, however much is cached.
         """
-        return self._shell.run(browse.cache_overview(self._core, sample))
+        return self._shell.run(cached.overview(self._core, sample))
 
     def pin(self, key: str) -> bool:
         """Make a result sticky. False when there is none. Raises RequestUnknown."""
-        return self._shell.run(browse.retain(self._core, key, None))
+        return self._shell.run(cached.retain(self._core, key, None))
 
     def unpin(self, key: str, ttl: float | None = None) -> bool:
         """Let a result expire, ``ttl`` seconds from now; None = the manager's. False when there is none.
 
         Raises RequestUnknown.
         """
-        return self._shell.run(browse.retain(self._core, key, self._core.settings.ttl if ttl is None else ttl))
+        return self._shell.run(cached.retain(self._core, key, self._core.settings.ttl if ttl is None else ttl))
 
     def set_ttl(self, key: str, ttl: float) -> bool:
         """Let a result expire ``ttl`` seconds from now, sooner or later than before. False when there is none.
 
         Raises RequestUnknown.
         """
-        return self._shell.run(browse.retain(self._core, key, ttl))
+        return self._shell.run(cached.retain(self._core, key, ttl))
 
     def clear(self, *, route: str | None = None, older_than: float | None = None) -> int:
         """Forget every result, sticky ones too: after a data rebuild. How many.
@@ -99,22 +101,22 @@ class Cache:
         ``route``: only those of an operation or of a path as it begins, ``/cities`` or ``api.example.org/v1/{table}``.
         ``older_than``: only those that were computed so many seconds ago. Goes through the cache in steps.
         """
-        return self._shell.run(browse.clear(self._core, route, older_than, temporary_only=False))
+        return self._shell.run(cached.clear(self._core, route, older_than, temporary_only=False))
 
     def clear_temporary(self) -> int:
         """Forget every result that is not sticky. How many."""
-        return self._shell.run(browse.clear(self._core, None, None, temporary_only=True))
+        return self._shell.run(cached.clear(self._core, None, None, temporary_only=True))
 
     def invalidate(self, tags: str | Iterable[str]) -> int:
         """Forget the results that carry one of these tags, sticky ones too. How many.
 
         What is in flight goes on: when it has read what has changed since, submit it again afterwards.
         """
-        return self._shell.run(browse.invalidate(self._core, tags))
+        return self._shell.run(cached.invalidate(self._core, tags))
 
     def stats(self) -> Stats:
         """Counters since the namespace began and sizes now; bytes as they lie in Redis."""
-        return self._shell.run(flows.stats(self._core))
+        return self._shell.run(listing.stats(self._core))
 
 
 @same_docs(Cache)
@@ -139,31 +141,31 @@ class AsyncCache:
         return await self._shell.run(flows.put(self._core, request, value))
 
     def list(self, limit: int | None = None) -> AsyncIterator[BatchStatus]:
-        return self._shell.iterate(flows.browse(self._core, self._core.keys.named("results"), limit))
+        return self._shell.iterate(listing.entries(self._core, self._core.keys.named("results"), limit))
 
     async def page(self, *, order: str = "expiry", cursor: str = "", limit: int = 50) -> CachePage:
-        return await self._shell.run(browse.cache_page(self._core, order, cursor, limit))
+        return await self._shell.run(search.cache_page(self._core, order, cursor, limit))
 
     async def overview(self, *, sample: int = 500) -> CacheOverview:
-        return await self._shell.run(browse.cache_overview(self._core, sample))
+        return await self._shell.run(cached.overview(self._core, sample))
 
     async def pin(self, key: str) -> bool:
-        return await self._shell.run(browse.retain(self._core, key, None))
+        return await self._shell.run(cached.retain(self._core, key, None))
 
     async def unpin(self, key: str, ttl: float | None = None) -> bool:
-        return await self._shell.run(browse.retain(self._core, key, self._core.settings.ttl if ttl is None else ttl))
+        return await self._shell.run(cached.retain(self._core, key, self._core.settings.ttl if ttl is None else ttl))
 
     async def set_ttl(self, key: str, ttl: float) -> bool:
-        return await self._shell.run(browse.retain(self._core, key, ttl))
+        return await self._shell.run(cached.retain(self._core, key, ttl))
 
     async def clear(self, *, route: str | None = None, older_than: float | None = None) -> int:
-        return await self._shell.run(browse.clear(self._core, route, older_than, temporary_only=False))
+        return await self._shell.run(cached.clear(self._core, route, older_than, temporary_only=False))
 
     async def clear_temporary(self) -> int:
-        return await self._shell.run(browse.clear(self._core, None, None, temporary_only=True))
+        return await self._shell.run(cached.clear(self._core, None, None, temporary_only=True))
 
     async def invalidate(self, tags: str | Iterable[str]) -> int:
-        return await self._shell.run(browse.invalidate(self._core, tags))
+        return await self._shell.run(cached.invalidate(self._core, tags))
 
     async def stats(self) -> Stats:
-        return await self._shell.run(flows.stats(self._core))
+        return await self._shell.run(listing.stats(self._core))

@@ -1,28 +1,68 @@
-"""What to say to Redis, and what its answer means.
+"""What to say to Redis.
 
-No I/O here: a function returns a Call, the managers run it. Keys come from rqarm.keys, reply words from the header of
-the script of the same name. Everything in milliseconds is named so; callers speak seconds.
+No I/O here: a function returns a Call, the managers run it. Keys come from rqarm.keys, what answers become is in
+rqarm.replies. Everything in milliseconds is named so; callers speak seconds. A call that only one view of an operator
+needs stands with it in rqarm.browse.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
 
-from rqarm import codec
-from rqarm.codec import Envelope
+from rqarm import packing
+from rqarm.codec import Envelope, pack_envelope
 from rqarm.config import Settings
-from rqarm.errors import CorruptResult, ForeignData, InvalidRequest, KeyConflict, LeaseLost, RqarmError, VersionSkew
-from rqarm.keys import RECORD_FIELDS, URI_FIELDS, Keys
-from rqarm.model import BatchStatus, FollowUp, Key, Outcome, Priority, Reason, State, Token
+from rqarm.errors import InvalidRequest, KeyConflict, VersionSkew
+from rqarm.keys import URI_FIELDS, Keys
+from rqarm.model import BatchStatus, FollowUp, Key, Outcome, Priority, State, Token
+from rqarm.replies import (
+    ENTRY_FIELDS,
+    LAPSED,
+    OUTCOMES,
+    About,
+    Attempt,
+    Census,
+    Followed,
+    Found,
+    Line,
+    LiveWorker,
+    Overdue,
+    Page,
+    QuarantineEntry,
+    Redirection,
+    Stats,
+    Stored,
+    Swept,
+    Taken,
+    Unattended,
+    held,
+    held_word,
+    joined,
+    read_attempt,
+    read_counts,
+    read_entry,
+    read_events,
+    read_outcomes,
+    read_overdue,
+    read_state,
+    read_status,
+    read_stored,
+    read_texts,
+    read_words,
+    rows,
+    status_of_new,
+    text_of,
+    torn,
+    unknown_state,
+    word_and_state,
+    word_of,
+)
 from rqarm.request import BatchRequest
 from rqarm.request import unpack as unpack_request
-from rqarm.scripts import Script, all_scripts, script
+from rqarm.scripts import Script, script
 from rqarm.uri import Canonical
 
 T = TypeVar("T")
@@ -100,25 +140,6 @@ class NextUp:
         return (self.kind, self.identity.key, self.identity.text, packed, ticket.job_id, ticket.commands, ticket.data)
 
 
-@dataclass(frozen=True, slots=True)
-class About:
-    """What a follow-up is about: the request ``of`` this key, its result or its packed error, and the payloads."""
-
-    of: Key
-    stored: Stored | None
-    error: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Unattended:
-    """A failed request as far as a follow-up of it needs it. ``state`` is "" when there is no record."""
-
-    state: str
-    queue: str
-    priority: Priority
-    request: BatchRequest | None
-
-
 class Delivery(Protocol):
     """What the calls must know of RQ's names. rqarm.rqjobs implements it."""
 
@@ -128,222 +149,6 @@ class Delivery(Protocol):
     def lists(self, queue: str) -> tuple[str, str, str]: ...
 
     def worker_sets(self, queue: str) -> tuple[str, str, str]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A result as it lies in Redis: the envelope, who wrote it, and its bytes when they are small."""
-
-    key: Key
-    owner: str
-    envelope: Envelope
-    inline: bytes | None
-
-    def value(self) -> Any:
-        """The value of a small result. Raises CorruptResult."""
-        assert self.inline is not None, "a chunked result is read by flows.value_of"
-        return codec.decode(self.envelope, self.inline)
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A record and, when it was asked for and is there, its result."""
-
-    status: BatchStatus
-    stored: Stored | None
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One execution as its holder sees it. ``number``: 1 = the first; ``retries`` and ``crashes`` came before it."""
-
-    key: Key
-    token: Token
-    number: int
-    request: BatchRequest
-    kwargs: dict[str, Any]
-    retries: int
-    crashes: int
-    queue: str
-    priority: Priority
-    #: seconds that it waited in line; the ticket that was started
-    waited: float = 0.0
-    job_id: str = ""
-    #: RQ's job of the ticket lies there still, and ends with the attempt: no RQ worker is at it
-    owns_job: bool = False
-    #: trace context of who submitted it; "" = none
-    trace: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """What a taker got: an attempt and the RQ list it came from ("" = it had it before); or why it got none.
-
-    ``reason``: ``empty``, ``foreign`` (a job of others is next, in ``list``) or ``suspended``. ``last_event`` comes
-    with ``empty``: where the events stood.
-    """
-
-    attempt: Attempt | None
-    reason: str = ""
-    list: str = ""
-    last_event: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Redirection:
-    """What a redirect came to: a word of lua/redirect.lua, and the URIs of a ``loop``."""
-
-    word: str
-    chain: tuple[str, ...] = ()
-
-
-class UnreadableRequest(VersionSkew):
-    """An attempt was started whose request this version cannot read. Hand it back: ``attempt`` has all but the request.
-
-    Without that, every worker of this version would cost the request one of its attempts.
-    """
-
-    def __init__(self, attempt: Attempt, reason: Exception) -> None:
-        super().__init__(f"request {attempt.key!r} cannot be read here and was handed back: {reason}")
-        self.attempt = attempt
-
-
-@dataclass(frozen=True, slots=True)
-class Followed:
-    """What a follower finds. ``token``: of the attempt that runs or was the last, "" = not known. ``first``: the number
-    of the first of ``values``, which are packed. ``found``: the record, with the result of a completed request."""
-
-    found: Found
-    token: str
-    first: int
-    values: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Overdue:
-    """A request that the sweep found dead. ``crashes`` counts for a lapsed lease, ``job_id`` is the lost ticket's."""
-
-    key: Key
-    uri: str
-    queue: str
-    priority: Priority
-    crashes: int = 0
-    job_id: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Swept:
-    lapsed: tuple[Overdue, ...]
-    ticketless: tuple[Overdue, ...]
-    cursor: int
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Part of an index, in its order. ``total`` counts the whole index."""
-
-    total: int
-    entries: tuple[BatchStatus, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class QuarantineEntry:
-    """A request that was set aside, and why.
-
-    ``exception``: the full name of its type; ``message`` and ``traceback`` go with it. ``kwargs``: what the handler was
-    called with; of a process that died only what a retry had changed. ``info``: what the handler said beside the
-    message. ``route``: "" when nobody was left who knew it. ``when``: aware, in UTC, on the server's clock.
-    ``request``: None when another version wrote it. ``payloads``: None when they were not asked for. ``job_id``: of
-    RQ's failed job.
-    """
-
-    key: Key
-    reason: str
-    uri: str
-    operation: str
-    request: BatchRequest | None
-    route: str
-    queue: str
-    priority: Priority
-    exception: str
-    message: str
-    traceback: str
-    attempts: int
-    crashes: int
-    retries: int
-    kwargs: dict[str, Any]
-    info: dict[str, Any]
-    submitted: datetime | None
-    started: datetime | None
-    when: datetime | None
-    worker: str
-    job_id: str
-    payloads: list[Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same without the request: times in ISO 8601; ``kwargs``, ``info`` and ``payloads`` as they are."""
-        named = {name: getattr(self, name) for name in self.__slots__ if name != "request"}
-        named["key"], named["priority"] = str(self.key), self.priority.name.lower()
-        for name in ("submitted", "started", "when"):
-            named[name] = named[name].isoformat() if named[name] is not None else None
-        return named
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """Counters since the namespace began, and sizes now. ``bytes``: stored results, compressed as they lie."""
-
-    submissions: dict[str, int]
-    executions: dict[str, int]
-    sweeps: dict[str, int]
-    bytes: int
-    temporary: int
-    sticky: int
-    in_progress: int
-    quarantined: int
-    pending: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One queue: what waits, and who works on it.
-
-    ``oldest_ms`` -1 = nothing waits. ``load_ms``: estimated run times of what waits; ``left_ms``: rest of what runs.
-    """
-
-    name: str
-    waiting: int
-    oldest_ms: int
-    load_ms: int
-    running: int
-    left_ms: int
-    workers: int
-
-
-@dataclass(frozen=True, slots=True)
-class LiveWorker:
-    """An RQ worker that is alive. ``version`` of rqarm, "" = it does not say."""
-
-    name: str
-    state: str
-    version: str
-    last_heartbeat: str
-
-
-@dataclass(frozen=True, slots=True)
-class Census:
-    """The raw numbers of a namespace, which rqarm.inspect reads. ``hot``: key, votes, uri, state, bytes."""
-
-    now_ms: int
-    families: dict[str, dict[str, str]]
-    lines: tuple[Line, ...]
-    workers: tuple[LiveWorker, ...]
-    numbers: dict[str, int]
-    hot: tuple[tuple[str, int, str, str, int], ...]
-    runtimes: dict[str, int]
 
 
 class Calls:
@@ -399,16 +204,16 @@ class Calls:
         )
 
         def parse(reply: Any) -> Found:
-            word, *rest = _words("submit", reply)
+            word, *rest = read_words("submit", reply)
             if word == "conflict":
-                raise KeyConflict(key, identity.text, _text(rest[0]))
+                raise KeyConflict(key, identity.text, text_of(rest[0]))
             if word == "corrupt":
-                raise _unknown_state(key, rest[0])
+                raise unknown_state(key, rest[0])
             if word == "new" and not rest[0]:
-                return Found(_new_status(key, request, identity, queue, rest[1]), None)
-            stored = _stored(key, rest[1]) if word == "hit" else None
+                return Found(status_of_new(key, request, identity, queue, rest[1]), None)
+            stored = read_stored(key, rest[1]) if word == "hit" else None
             value = stored.value() if stored is not None and stored.inline is not None else None
-            return Found(self._status(key, rest[0], _OUTCOMES[word], value), stored)
+            return Found(self._status(key, rest[0], OUTCOMES[word], value), stored)
 
         return self._call("submit", key, argv, parse)
 
@@ -416,23 +221,33 @@ class Calls:
         """The record, with the result when wanted. No record: state ``unknown``."""
 
         def parse(reply: Any) -> Found:
-            word, *rest = _words("read", reply)
+            word, *rest = read_words("read", reply)
             if word == "unknown":
                 return Found(BatchStatus(key, State.UNKNOWN), None)
-            return Found(self._status(key, rest[0]), _stored(key, rest[1]))
+            return Found(self._status(key, rest[0]), read_stored(key, rest[1]))
 
         return self._call("read", key, (int(with_value),), parse)
+
+    @staticmethod
+    def told(key: Key, said: bytes) -> Found | None:
+        """The end of a request as its wake-up tells it, with the result; None = it does not, read the record."""
+        word, _, rest = said.partition(b":")
+        size, is_told, packed = rest.partition(b":")
+        if word != b"completed" or not is_told or not size.isdigit():
+            return None
+        stored = read_stored(key, [b"", packed[: int(size)], packed[int(size) :]])
+        return Found(BatchStatus(key, State.COMPLETED), stored)
 
     def follow(self, key: Key, token: str, number: int) -> Call[Followed | None]:
         """What is new for a follower who knows the attempt ``token`` up to ``number``. None: there is no record."""
 
         def parse(reply: Any) -> Followed | None:
-            word, *rest = _words("follow", reply)
+            word, *rest = read_words("follow", reply)
             if word == "unknown":
                 return None
             packed, current, first, values, stored = rest
-            found = Found(_status(key, packed), _stored(key, stored))
-            return Followed(found, _text(current), int(first), tuple(values))
+            found = Found(read_status(key, packed), read_stored(key, stored))
+            return Followed(found, text_of(current), int(first), tuple(values))
 
         return self._call("follow", key, (token, number), parse)
 
@@ -440,7 +255,7 @@ class Calls:
         """The record with position and eta; live workers are counted on ``queue``."""
 
         def parse(reply: Any) -> BatchStatus:
-            word, *rest = _words("locate", reply)
+            word, *rest = read_words("locate", reply)
             if word == "unknown":
                 return BatchStatus(key, State.UNKNOWN)
             position, eta_ms = int(rest[1]), int(rest[2])
@@ -457,17 +272,17 @@ class Calls:
 
         def parse(reply: Any) -> BatchRequest | None:
             packed, *uri = reply
-            return None if packed is None else unpack_request(packed, _joined(uri))
+            return None if packed is None else unpack_request(packed, joined(uri))
 
         return Command(("HMGET", self.keys.status(key), "request", *URI_FIELDS), parse)
 
     def cancel(self, key: Key) -> Call[tuple[str, State]]:
         """``cancelled`` | ``ended`` | ``unknown``, with the state before."""
-        return self._call("cancel", key, (ms(self.settings.failure_ttl),), _word_and_state("cancel"))
+        return self._call("cancel", key, (ms(self.settings.failure_ttl),), word_and_state("cancel"))
 
     def forget(self, key: Key) -> Call[tuple[str, State]]:
         """``forgotten`` | ``in_flight`` | ``unknown``, with the state before."""
-        return self._call("forget", key, (), _word_and_state("forget"))
+        return self._call("forget", key, (), word_and_state("forget"))
 
     def put(
         self, request: BatchRequest, identity: Canonical, owner: str, envelope: Envelope, inline: bytes | None
@@ -486,11 +301,11 @@ class Calls:
         )
 
         def parse(reply: Any) -> None:
-            word, *rest = _words("put", reply)
+            word, *rest = read_words("put", reply)
             if word == "conflict":
-                raise KeyConflict(key, identity.text, _text(rest[0]))
+                raise KeyConflict(key, identity.text, text_of(rest[0]))
             if word == "torn":
-                raise _torn(key, rest[0])
+                raise torn(key, rest[0])
 
         return self._call("put", key, argv, parse)
 
@@ -507,43 +322,52 @@ class Calls:
         job = self.delivery.job_prefix + job_id if own_list else ""
 
         def parse(reply: Any) -> Attempt | State:
-            word, *rest = _words("start", reply)
+            word, *rest = read_words("start", reply)
             if word == "started":
-                return _attempt(key, rest)
-            return State.UNKNOWN if word == "unknown" else _state(key, rest[0])
+                return read_attempt(key, rest)
+            return State.UNKNOWN if word == "unknown" else read_state(key, rest[0])
 
         return self._call("start", key, (job_id, execution, worker, lease_ms, own_list, job), parse)
 
     def take(
-        self, lists: Sequence[str], execution: str, taker: str, worker: str, lease_ms: int, *, for_rq: bool = False
+        self,
+        lists: Sequence[str],
+        execution: str,
+        taker: str,
+        worker: str,
+        lease_ms: int,
+        *,
+        for_rq: bool = False,
+        is_last: bool = False,
     ) -> Call[Taken]:
         """Pop and start the next request of RQ's lists, in their order.
 
-        ``taker`` asks one at a time; the same ``execution`` again gets the same attempt. ``for_rq``: the taker is an RQ
-        worker, for which a job of others in front of a list is the next one, and which can be suspended.
+        ``taker`` asks one at a time; the same ``execution`` again gets the same attempt, or nothing when that has
+        ended. ``for_rq``: the taker is an RQ worker, for which a job of others in front of a list is the next one, and
+        which can be suspended. ``is_last``: a call of this ``execution`` that is still on its way starts nothing.
 
         Raises UnreadableRequest.
         """
 
         def parse(reply: Any) -> Taken:
-            word, *rest = _words("take", reply)
+            word, *rest = read_words("take", reply)
             if word == "started":
-                attempt = _attempt(Key(_text(rest[0])), rest[2:], owns_job=for_rq)
-                return Taken(attempt, list=_text(rest[1]))
+                attempt = read_attempt(Key(text_of(rest[0])), rest[2:], owns_job=for_rq)
+                return Taken(attempt, list=text_of(rest[1]))
             if word == "empty":
-                return Taken(None, word, last_event=_text(rest[0]))
-            return Taken(None, word, list=_text(rest[0]) if rest else "")
+                return Taken(None, word, last_event=text_of(rest[0]))
+            return Taken(None, word, list=text_of(rest[0]) if rest else "")
 
         suspended = self.delivery.suspended if for_rq else ""
-        argv = (execution, taker, worker, lease_ms, self.delivery.job_prefix, suspended, *lists)
-        return self._index_call("take", self.keys.named("leases"), argv, parse)
+        argv = (execution, taker, worker, lease_ms, self.delivery.job_prefix, suspended, int(is_last), *lists)
+        return self.index_call("take", self.keys.named("leases"), argv, parse)
 
     def admit(
         self, attempt: Attempt, limit: str, max_running: int, ticket: ParkingTicket, *, delay_ms: int
     ) -> Call[bool]:
         """True: the attempt has one of the limit's places. False: it was handed back and waits. Raises LeaseLost."""
         waits = (ticket.job_id, ticket.commands, ticket.data, ticket.recall, delay_ms)
-        word = _held_word("admit", attempt.key)
+        word = held_word("admit", attempt.key)
         argv = (attempt.token, limit, max_running, *waits, self._own_job(attempt))
         return self._call("admit", attempt.key, argv, lambda reply: word(reply) == "admitted")
 
@@ -554,14 +378,14 @@ class Calls:
         """
 
         def parse(reply: Any) -> int:
-            return int(_held(attempt.key, _words("renew", reply))[1])
+            return int(held(attempt.key, read_words("renew", reply))[1])
 
         return self._call("renew", attempt.key, (attempt.token, lease_ms, progress), parse)
 
     def emit(self, attempt: Attempt, number: int, packed: bytes) -> Call[str]:
         """``emitted`` | ``already``. Raises LeaseLost. ``number`` counts what the attempt emits, from 1."""
         argv = (attempt.token, number, EMISSIONS_KEPT, EMITTED_BYTES, packed)
-        return self._call("emit", attempt.key, argv, _held_word("emit", attempt.key))
+        return self._call("emit", attempt.key, argv, held_word("emit", attempt.key))
 
     def complete(
         self,
@@ -580,10 +404,10 @@ class Calls:
         """
 
         def parse(reply: Any) -> list[Any]:
-            word, *rest = _held(attempt.key, _words("complete", reply))
+            word, *rest = held(attempt.key, read_words("complete", reply))
             if word == "torn":
-                raise _torn(attempt.key, rest[0])
-            return [codec.unpack(packed) for packed in (rest[0] if rest and rest[0] else ())]
+                raise torn(attempt.key, rest[0])
+            return [packing.unpack(packed) for packed in (rest[0] if rest and rest[0] else ())]
 
         job = self._own_job(attempt)
         argv = (attempt.token, int(sticky), ttl_ms, attempt.request.family, job, *_envelope_argv(envelope, inline))
@@ -607,18 +431,18 @@ class Calls:
         """``failed`` | ``already``. With a ``reason`` it is set aside. Raises LeaseLost."""
         told = [argument for each in follow_ups for argument in each.argv]
         argv = (attempt.token, error, failure_ttl_ms, negative_ms, reason, note, QUARANTINE_KEPT, *told)
-        return self._call("fail", attempt.key, argv, _held_word("fail", attempt.key))
+        return self._call("fail", attempt.key, argv, held_word("fail", attempt.key))
 
     def retry(self, attempt: Attempt, ticket: Ticket, *, delay_ms: int, kwargs: bytes, error: bytes) -> Call[str]:
         """``retried`` | ``already``. Raises LeaseLost."""
         job = self._own_job(attempt)
         argv = (attempt.token, ticket.job_id, ticket.commands, ticket.data, delay_ms, kwargs, error, job)
-        return self._call("retry", attempt.key, argv, _held_word("retry", attempt.key))
+        return self._call("retry", attempt.key, argv, held_word("retry", attempt.key))
 
     def release(self, attempt: Attempt, ticket: Ticket) -> Call[str]:
         """``released`` | ``already``. Raises LeaseLost."""
         argv = (attempt.token, ticket.job_id, ticket.commands, ticket.data, self._own_job(attempt))
-        return self._call("release", attempt.key, argv, _held_word("release", attempt.key))
+        return self._call("release", attempt.key, argv, held_word("release", attempt.key))
 
     def redirect(
         self,
@@ -636,8 +460,8 @@ class Calls:
         """
 
         def parse(reply: Any) -> Redirection:
-            word, *rest = _held(attempt.key, _words("redirect", reply))
-            chain = (_text(uri).split("\n", 2)[-1] for uri in rest[0]) if word == "loop" else ()
+            word, *rest = held(attempt.key, read_words("redirect", reply))
+            chain = (text_of(uri).split("\n", 2)[-1] for uri in rest[0]) if word == "loop" else ()
             return Redirection(word, tuple(chain))
 
         argv: tuple[Any, ...] = (attempt.token, target, failure_ttl_ms, int(is_submitted), self._own_job(attempt))
@@ -645,10 +469,26 @@ class Calls:
             argv += tuple(part for follow_up in follow_ups for part in follow_up.argv)
         return self._call("redirect", attempt.key, argv, parse)
 
+    def need(
+        self, attempt: Attempt, needed: Sequence[Key], ticket: ParkingTicket, *, delay_ms: int
+    ) -> Call[Redirection]:
+        """The attempt ends, to be called up when all of these have ended: ``waiting``, ``ready`` (none is in flight),
+        ``loop``, ``full``, ``already``. Raises LeaseLost.
+        """
+
+        def parse(reply: Any) -> Redirection:
+            word, *rest = held(attempt.key, read_words("need", reply))
+            chain = (text_of(uri).split("\n", 2)[-1] for uri in rest[0]) if word == "loop" else ()
+            return Redirection(word, tuple(chain))
+
+        waits = (ticket.job_id, ticket.commands, ticket.data, ticket.recall, delay_ms)
+        argv = (attempt.token, *waits, self._own_job(attempt), *needed)
+        return self._call("need", attempt.key, argv, parse)
+
     def ticket(self, key: Key) -> Command[tuple[str, str]]:
         """The state of a request and the id of its RQ job; "" for what is not there."""
         argv = ("HMGET", self.keys.status(key), "state", "job_id")
-        return Command(argv, lambda reply: (_text(reply[0] or b""), _text(reply[1] or b"")))
+        return Command(argv, lambda reply: (text_of(reply[0] or b""), text_of(reply[1] or b"")))
 
     def drop_job(self, attempt: Attempt) -> Command[int]:
         """Delete the RQ job of an attempt."""
@@ -667,7 +507,7 @@ class Calls:
             of, error, *result = reply
             if of is None:
                 return None
-            return About(Key(_text(of)), _stored(Key(_text(of)), result), error or LAPSED)
+            return About(Key(text_of(of)), read_stored(Key(text_of(of)), result), error or LAPSED)
 
         argv = ("HMGET", self.keys.named("followup", key=key), "of", "error", "owner", "envelope", "bytes", "root")
         return Command(argv, parse)
@@ -675,7 +515,7 @@ class Calls:
     def conclude(self, attempt: Attempt) -> Call[str]:
         """End a follow-up that has run: ``concluded`` | ``already``. Raises LeaseLost."""
         return self._call(
-            "conclude", attempt.key, (attempt.token, self._own_job(attempt)), _held_word("conclude", attempt.key)
+            "conclude", attempt.key, (attempt.token, self._own_job(attempt)), held_word("conclude", attempt.key)
         )
 
     def unattended(self, kind: FollowUp, below: str, limit: int) -> Command[list[tuple[Key, int]]]:
@@ -686,8 +526,8 @@ class Calls:
 
         def parse(reply: Any) -> list[tuple[Key, int]]:
             # RESP3 answers pairs, RESP2 a flat list
-            pairs = reply if reply and isinstance(reply[0], list | tuple) else _rows(reply or [], 2)
-            return [(Key(_text(key)), int(float(score))) for key, score in pairs]
+            pairs = reply if reply and isinstance(reply[0], list | tuple) else rows(reply or [], 2)
+            return [(Key(text_of(key)), int(float(score))) for key, score in pairs]
 
         name = self.keys.named("unattended", follow_up=kind)
         return Command(("ZREVRANGEBYSCORE", name, below, "-inf", "WITHSCORES", "LIMIT", 0, limit), parse)
@@ -698,17 +538,17 @@ class Calls:
         def parse(reply: Any) -> Unattended:
             state, queue, priority, packed, *uri = reply
             try:
-                request = None if packed is None else unpack_request(packed, _joined(uri))
+                request = None if packed is None else unpack_request(packed, joined(uri))
             except (VersionSkew, InvalidRequest):
                 request = None  # a worker of another version can read it
-            return Unattended(_text(state or b""), _text(queue or b""), Priority(int(priority or 1)), request)
+            return Unattended(text_of(state or b""), text_of(queue or b""), Priority(int(priority or 1)), request)
 
         fields = ("state", "queue", "priority", "request", *URI_FIELDS)
         return Command(("HMGET", self.keys.status(key), *fields), parse)
 
     def attend(self, key: Key, since: int, follow_up: NextUp) -> Call[str]:
         """Tell somebody of a failure: ``attended`` | ``already``."""
-        return self._call("attend", key, (since, *follow_up.argv), _word("attend"))
+        return self._call("attend", key, (since, *follow_up.argv), word_of("attend"))
 
     # -- traces
 
@@ -716,8 +556,8 @@ class Calls:
         """Leave the context of a submit for the execution; the context of that where it is known already, else ""."""
 
         def parse(reply: Any) -> str:
-            word, *rest = _words("link", reply)
-            return _text(rest[0]) if word == "linked" else ""
+            word, *rest = read_words("link", reply)
+            return text_of(rest[0]) if word == "linked" else ""
 
         return self._call("link", key, (context,), parse)
 
@@ -725,8 +565,8 @@ class Calls:
         """Tell the context of an attempt that is about to end; those of who has joined it. Raises LeaseLost."""
 
         def parse(reply: Any) -> list[str]:
-            _, contexts = _held(attempt.key, _words("trace", reply))
-            return [_text(context) for context in contexts]
+            _, contexts = held(attempt.key, read_words("trace", reply))
+            return [text_of(context) for context in contexts]
 
         return self._call("trace", attempt.key, (attempt.token, context), parse)
 
@@ -737,33 +577,35 @@ class Calls:
     ) -> Call[str]:
         """``requeued`` | ``quarantined`` | ``already`` | ``alive``. Without a token the lease must have lapsed."""
         waits = (ticket.job_id, ticket.commands, ticket.data, delay_ms)
-        return self._call("crash", key, (token or "", *waits, self.settings.max_attempts, error, note), _word("crash"))
+        return self._call(
+            "crash", key, (token or "", *waits, self.settings.max_attempts, error, note), word_of("crash")
+        )
 
     def revive(self, found: Overdue, ticket: Ticket) -> Call[str]:
         """``revived`` | ``already`` | ``alive``."""
         return self._call(
-            "revive", found.key, (found.job_id, ticket.job_id, ticket.commands, ticket.data), _word("revive")
+            "revive", found.key, (found.job_id, ticket.job_id, ticket.commands, ticket.data), word_of("revive")
         )
 
     def sweep(self, queue: str, cursor: int = 0) -> Call[Swept]:
         """One step of the search for the dead on this queue; go on while ``cursor`` is not 0."""
 
         def parse(reply: Any) -> Swept:
-            _, lapsed, ticketless, cursor = _words("sweep", reply)
+            _, lapsed, ticketless, cursor = read_words("sweep", reply)
             return Swept(
-                tuple(replace(_overdue(row), crashes=int(row[4])) for row in _rows(lapsed, 5)),
-                tuple(replace(_overdue(row), job_id=_text(row[4])) for row in _rows(ticketless, 5)),
+                tuple(replace(read_overdue(row), crashes=int(row[4])) for row in rows(lapsed, 5)),
+                tuple(replace(read_overdue(row), job_id=text_of(row[4])) for row in rows(ticketless, 5)),
                 int(cursor),
             )
 
         lease_ms = ms(self.settings.lease)
         lists = self.delivery.lists(queue)
         argv = (queue, cursor, STEP, lease_ms, self.delivery.job_prefix, QUARANTINE_KEPT, *lists)
-        return self._index_call("sweep", self.keys.named("leases"), argv, parse)
+        return self.index_call("sweep", self.keys.named("leases"), argv, parse)
 
     def queues(self) -> Command[list[str]]:
         """The queues that were ever used, in no order."""
-        return Command(("SMEMBERS", self.keys.named("queues")), lambda reply: sorted(_text(name) for name in reply))
+        return Command(("SMEMBERS", self.keys.named("queues")), lambda reply: sorted(text_of(name) for name in reply))
 
     def claim_sweep(self) -> Command[bool]:
         """True for the first who asks within a third of a lease. A throttle, not a lock: sweeps may overlap."""
@@ -783,25 +625,25 @@ class Calls:
     def set_aside(self, limit: int | None = None) -> Command[list[Key]]:
         """The keys of what is in quarantine, newest first."""
         argv = ("ZREVRANGE", self.keys.named("quarantine"), 0, -1 if limit is None else limit - 1)
-        return Command(argv, lambda reply: [Key(_text(key)) for key in reply])
+        return Command(argv, lambda reply: [Key(text_of(key)) for key in reply])
 
     def entry(self, key: Key) -> Command[QuarantineEntry | State]:
         """What is known of a request that is set aside; the state of one that is not."""
-        return Command(("HMGET", self.keys.status(key), *_ENTRY_FIELDS), lambda values: _entry(key, values))
+        return Command(("HMGET", self.keys.status(key), *ENTRY_FIELDS), lambda values: read_entry(key, values))
 
     def payloads(self, key: Key) -> Command[list[Any]]:
         """The payloads that were submitted with a request, in no order."""
         name = self.keys.named("callbacks", key=key)
-        return Command(("HVALS", name), lambda reply: [codec.unpack(packed) for packed in reply])
+        return Command(("HVALS", name), lambda reply: [packing.unpack(packed) for packed in reply])
 
     def requeue(self, entry: QuarantineEntry, ticket: Ticket, dismissal: str) -> Call[str]:
         """``requeued`` | ``already`` | ``superseded`` | ``in_flight`` | ``ended`` | ``unknown``."""
         argv = (entry.job_id, ticket.job_id, ticket.commands, ticket.data, dismissal)
-        return self._call("requeue", entry.key, argv, _word("requeue"))
+        return self._call("requeue", entry.key, argv, word_of("requeue"))
 
     def discard(self, entry: QuarantineEntry, dismissal: str) -> Call[str]:
         """``discarded`` | ``superseded`` | ``in_flight`` | ``ended`` | ``unknown``."""
-        return self._call("discard", entry.key, (entry.job_id, dismissal), _word("discard"))
+        return self._call("discard", entry.key, (entry.job_id, dismissal), word_of("discard"))
 
     # -- views
 
@@ -819,10 +661,10 @@ class Calls:
         """A page of an index by its full key name."""
 
         def parse(reply: Any) -> Page:
-            _, total, *rows = _words("browse", reply)
-            return Page(int(total), tuple(self._status(Key(_text(key)), fields) for key, fields in _rows(rows, 2)))
+            _, total, *found = read_words("browse", reply)
+            return Page(int(total), tuple(self._status(Key(text_of(key)), fields) for key, fields in rows(found, 2)))
 
-        return self._index_call("browse", index, (offset, limit), parse)
+        return self.index_call("browse", index, (offset, limit), parse)
 
     def clear(
         self,
@@ -837,53 +679,53 @@ class Calls:
         """One step: (forgotten, looked at, cursor). Go on from the cursor while the second is not 0."""
 
         def parse(reply: Any) -> tuple[int, int, str]:
-            _, cleared, looked_at, behind = _words("clear", reply)
-            return int(cleared), int(looked_at), _text(behind)
+            _, cleared, looked_at, behind = read_words("clear", reply)
+            return int(cleared), int(looked_at), text_of(behind)
 
         argv = ("(+inf" if temporary_only else "+inf", step, route, pattern, age_ms, cursor)
-        return self._index_call("clear", self.keys.named("results"), argv, parse)
+        return self.index_call("clear", self.keys.named("results"), argv, parse)
 
     def stats(self) -> Call[Stats]:
         """The counters and sizes of the namespace."""
 
         def parse(reply: Any) -> Stats:
-            _, submissions, executions, sweeps, size, temporary, sticky, running, quarantined, waiting = _words(
+            _, submissions, executions, sweeps, size, temporary, sticky, running, quarantined, waiting = read_words(
                 "stats", reply
             )
             return Stats(
-                submissions=_outcomes(submissions),
-                executions=_outcomes(executions),
-                sweeps=_outcomes(sweeps),
+                submissions=read_outcomes(submissions),
+                executions=read_outcomes(executions),
+                sweeps=read_outcomes(sweeps),
                 bytes=int(size),
                 temporary=int(temporary),
                 sticky=int(sticky),
                 in_progress=int(running),
                 quarantined=int(quarantined),
-                pending=_counts(waiting),
+                pending=read_counts(waiting),
             )
 
-        return self._index_call("stats", self.keys.named("queues"), (), parse)
+        return self.index_call("stats", self.keys.named("queues"), (), parse)
 
     def overview(self) -> Call[Census]:
         """Counters, lines, workers and sizes of the namespace, in one look that only reads."""
 
         def parse(reply: Any) -> Census:
-            _, now_ms, families, lines, workers, numbers, hot, runtimes = _words("overview", reply)
+            _, now_ms, families, lines, workers, numbers, hot, runtimes = read_words("overview", reply)
             return Census(
                 now_ms=int(now_ms),
-                families={_text(name): _texts(counted) for name, counted in _rows(families, 2)},
-                lines=tuple(Line(_text(name), *map(int, rest)) for name, *rest in lines),
-                workers=tuple(LiveWorker(*map(_text, row)) for row in _rows(workers, 4)),
-                numbers=_counts(numbers),
+                families={text_of(name): read_texts(counted) for name, counted in rows(families, 2)},
+                lines=tuple(Line(text_of(name), *map(int, rest)) for name, *rest in lines),
+                workers=tuple(LiveWorker(*map(text_of, row)) for row in rows(workers, 4)),
+                numbers=read_counts(numbers),
                 hot=tuple(
-                    (_text(key), int(votes), _text(uri).split("\n", 2)[-1], _text(state), int(float(size)))
-                    for key, votes, uri, state, size in _rows(hot, 5)
+                    (text_of(key), int(votes), text_of(uri).split("\n", 2)[-1], text_of(state), int(float(size)))
+                    for key, votes, uri, state, size in rows(hot, 5)
                 ),
-                runtimes=_counts(runtimes),
+                runtimes=read_counts(runtimes),
             )
 
         argv = (self.settings.queue, *self.delivery.worker_sets("*"))
-        return self._index_call("overview", self.keys.named("queues"), argv, parse)
+        return self.index_call("overview", self.keys.named("queues"), argv, parse)
 
     def server_info(self) -> Command[dict[str, Any]]:
         """INFO: memory, statistics and errors of the whole server, as redis-py reads them."""
@@ -909,7 +751,7 @@ class Calls:
 
     def events(self, after: str, *, limit: int = STEP) -> Command[list[tuple[str, dict[str, str]]]]:
         """Events behind the id ``after`` that are there already."""
-        return Command(("XRANGE", self.keys.named("events"), f"({after}", "+", "COUNT", limit), _entries)
+        return Command(("XRANGE", self.keys.named("events"), f"({after}", "+", "COUNT", limit), read_events)
 
     def next_events(self, after: str, timeout_ms: int) -> Command[list[tuple[str, dict[str, str]]]]:
         """Events behind the id ``after``, waiting up to ``timeout_ms`` for the first."""
@@ -920,7 +762,7 @@ class Calls:
             streams = reply.values() if isinstance(reply, dict) else [stream[1] for stream in reply]
             entries = next(iter(streams))
             # RESP3 nests the entries of a stream once more than RESP2
-            return _entries(entries[0] if entries and isinstance(entries[0], list) else entries)
+            return read_events(entries[0] if entries and isinstance(entries[0], list) else entries)
 
         argv = ("XREAD", "COUNT", STEP, "BLOCK", timeout_ms, "STREAMS", self.keys.named("events"), after)
         return Command(argv, parse, waits=True)
@@ -928,13 +770,13 @@ class Calls:
     def newest_event(self) -> Command[str]:
         """The id of the newest event; ``0-0`` when there is none."""
         argv = ("XREVRANGE", self.keys.named("events"), "+", "-", "COUNT", 1)
-        return Command(argv, lambda reply: _entries(reply)[0][0] if reply else "0-0")
+        return Command(argv, lambda reply: read_events(reply)[0][0] if reply else "0-0")
 
     # -- how a call is made
 
     def _status(self, key: Key, packed: bytes, outcome: Outcome | None = None, value: Any = None) -> BatchStatus:
         """The record as a status; what is completed has a URL where the manager knows one."""
-        status = _status(key, packed, outcome, value)
+        status = read_status(key, packed, outcome, value)
         url = self.settings.result_url
         if url is None or status.state is not State.COMPLETED:
             return status
@@ -943,7 +785,8 @@ class Calls:
     def _call(self, verb: str, key: Key, argv: Sequence[Any], parse: Callable[[Any], T]) -> Call[T]:
         return Call(script(verb), (self.keys.status(key),), (self.keys.prefix, key, *argv), parse)
 
-    def _index_call(self, verb: str, index: str, argv: Sequence[Any], parse: Callable[[Any], T]) -> Call[T]:
+    def index_call(self, verb: str, index: str, argv: Sequence[Any], parse: Callable[[Any], T]) -> Call[T]:
+        """A call whose first key is ``index``, by its full name, and whose arguments are only these."""
         return Call(script(verb), (index,), (self.keys.prefix, *argv), parse)
 
 
@@ -952,306 +795,10 @@ def ms(seconds: float) -> int:
     return max(1, round(seconds * 1000)) if seconds > 0 else 0
 
 
-def foreign_data(keys: Iterable[str], error: Exception) -> ForeignData:
-    """What a WRONGTYPE answer means: somebody else wrote under our names."""
-    return ForeignData(
-        f"{', '.join(keys)}, or a key of the same request, holds data that rqarm did not write ({error}): look at it "
-        "with TYPE, move it away or give rqarm another namespace"
-    )
-
-
-_MISSING = ord("-")
-#: stored when a lease lapses and nobody is left to say why
-LAPSED = codec.pack_error("LeaseLapsed", "the worker fell silent for longer than its lease", "")
-
-
-# a dictionary answers ten times as fast as the constructor of an enum
-_STATES: dict[bytes, State] = {state.value.encode(): state for state in State}
-_OUTCOMES: dict[str, Outcome] = {outcome.value: outcome for outcome in Outcome}
-_WORDS: dict[str, dict[bytes, str]] = {s.name: {word.encode(): word for word in s.outcomes} for s in all_scripts()}
-
-
-def _words(verb: str, reply: Any) -> list[Any]:
-    """The reply with its first element as a known word. Raises VersionSkew."""
-    if isinstance(reply, list) and reply:
-        word = _WORDS[verb].get(reply[0]) if isinstance(reply[0], bytes) else None
-        if word is not None:
-            return [word, *reply[1:]]
-    raise VersionSkew(f"{verb} answered {reply!r:.100}, which this version of rqarm does not know: upgrade all parts")
-
-
-def _word(verb: str) -> Callable[[Any], str]:
-    return lambda reply: str(_words(verb, reply)[0])
-
-
-def _word_and_state(verb: str) -> Callable[[Any], tuple[str, State]]:
-    def parse(reply: Any) -> tuple[str, State]:
-        word, *rest = _words(verb, reply)
-        return word, State(_text(rest[0])) if rest else State.UNKNOWN
-
-    return parse
-
-
-def _held(key: Key, words: list[Any]) -> list[Any]:
-    if words[0] == "lost":
-        raise LeaseLost(key, _text(words[1]))
-    return words
-
-
-def _held_word(verb: str, key: Key) -> Callable[[Any], str]:
-    return lambda reply: str(_held(key, _words(verb, reply))[0])
-
-
 def _envelope_argv(envelope: Envelope, inline: bytes | None) -> tuple[Any, ...]:
-    return (envelope.stored, envelope.chunks, _packed_envelope(envelope), inline or b"")
+    return (envelope.stored, envelope.chunks, pack_envelope(envelope), inline or b"")
 
 
 def _tag_lines(request: BatchRequest) -> str:
     """The tags as the record has them: a line break before and behind each; "" = none."""
     return "".join(f"\n{tag}" for tag in request.tags) + "\n" if request.tags else ""
-
-
-def _packed_envelope(envelope: Envelope) -> bytes:
-    """A line ``name=value`` for each field: people read it in redis-cli, and one value is cheaper than ten."""
-    parts = [part if isinstance(part, bytes) else part.encode() for part in envelope.to_fields()]
-    return b"\n".join(b"%s=%s" % pair for pair in zip(parts[::2], parts[1::2], strict=True))
-
-
-def _stored(key: Key, values: list[bytes | None]) -> Stored | None:
-    if not values or values[0] is None:
-        return None
-    owner, packed, inline, *root = values
-    envelope = _envelope(packed or b"")
-    # the result of an alias lies under the key of its root
-    return Stored(
-        Key(_text(root[0])) if root and root[0] else key,
-        _text(owner),
-        envelope,
-        None if envelope.chunks else inline or b"",
-    )
-
-
-@lru_cache(maxsize=1024)
-def _envelope(packed: bytes) -> Envelope:
-    """Cached, because what is read often is read with the same envelope, and it takes longer than its value."""
-    lines = (line.partition(b"=") for line in packed.split(b"\n"))
-    return Envelope.from_fields({name: value for name, _, value in lines})
-
-
-def _attempt(key: Key, values: list[Any], *, owns_job: bool = False) -> Attempt:
-    token, number, packed, kwargs, retries, crashes, queue, priority, job_id, pushed_ms, started_ms, *rest = values
-    uri, trace = rest[:3], _text(rest[3]) if len(rest) > 3 else ""
-    waited = max(0, int(started_ms) - int(pushed_ms or started_ms)) / 1000
-
-    def attempt(request: BatchRequest, arguments: dict[str, Any]) -> Attempt:
-        return Attempt(
-            key,
-            Token(int(token)),
-            int(number),
-            request,
-            arguments,
-            int(retries or 0),
-            int(crashes or 0),
-            _text(queue),
-            Priority(int(priority)),
-            waited,
-            _text(job_id),
-            owns_job,
-            trace,
-        )
-
-    try:
-        return attempt(unpack_request(packed or b"", _joined(uri)), codec.unpack(kwargs) if kwargs else {})
-    except (VersionSkew, InvalidRequest, CorruptResult) as reason:
-        raise UnreadableRequest(attempt(NO_REQUEST, {}), reason) from reason
-
-
-#: stands in for a request that cannot be read
-NO_REQUEST = BatchRequest("", operation="unreadable")
-
-
-def _fields(packed: bytes) -> dict[str, bytes | None]:
-    """The record as prelude.lua wrote it: netstrings in the order of RECORD_FIELDS, ``-`` for what is missing."""
-    fields: dict[str, bytes | None] = {}
-    at = 0
-    for name in RECORD_FIELDS:
-        if packed[at] == _MISSING:
-            fields[name] = None
-            at += 1
-        else:
-            colon = packed.index(b":", at)
-            start, at = colon + 1, colon + 1 + int(packed[at:colon])
-            fields[name] = packed[start:at]
-    return fields
-
-
-def _status(key: Key, packed: bytes, outcome: Outcome | None = None, value: Any = None) -> BatchStatus:
-    field = _fields(packed)
-    est_ms = int(field["est_ms"] or 0)
-    fraction, message = _progress(field["progress"])
-    return BatchStatus(
-        key=key,
-        state=_state(key, field["state"]) if field["state"] else State.UNKNOWN,
-        outcome=outcome,
-        uri=_text(_joined([field[name] for name in URI_FIELDS])).split("\n", 2)[-1],
-        sticky=field["sticky"] == b"1",
-        submitted=_time(field["submitted_ms"]),
-        started=_time(field["started_ms"]),
-        ended=_time(field["ended_ms"]),
-        estimated_time=est_ms / 1000 if est_ms else None,
-        progress=fraction,
-        progress_message=message,
-        attempts=int(field["attempts"] or 0),
-        error=codec.unpack_error(field["error"] or LAPSED) if field["error"] is not None else None,
-        worker=_text(field["worker"]) if field["worker"] else None,
-        queue=_text(field["queue"] or b""),
-        quarantined=field["quarantined"] is not None,
-        reason=_reason(field["quarantined"]),
-        redirect=Key(_text(field["alias"])) if field["alias"] else None,
-        value=value,
-    )
-
-
-def _reason(word: bytes | None) -> str:
-    """Why it was set aside. An earlier form knew one reason and wrote 1 for it."""
-    text = _text(word or b"")
-    return str(Reason.POISON) if text == "1" else text
-
-
-_ENTRY_FIELDS = (
-    "state", "quarantined", "request", "queue", "priority", "error", "note", "attempts", "crashes", "retries", "kwargs",
-    "submitted_ms", "started_ms", "ended_ms", "worker", "job_id", *URI_FIELDS,
-)  # fmt: skip
-
-
-def _entry(key: Key, values: list[bytes | None]) -> QuarantineEntry | State:
-    field = dict(zip(_ENTRY_FIELDS, values, strict=True))
-    state = _state(key, field["state"]) if field["state"] else State.UNKNOWN
-    if state is not State.FAILED or field["quarantined"] is None:
-        return state
-    identity = _joined(values[-len(URI_FIELDS) :])
-    _, operation, uri = [*_text(identity).split("\n", 2), "", ""][:3]
-    try:
-        request = unpack_request(field["request"] or b"", identity)
-    except (VersionSkew, InvalidRequest, CorruptResult):
-        request = None
-    error, note = codec.unpack_error(field["error"] or LAPSED), _mapping(field["note"])
-    return QuarantineEntry(
-        key=key,
-        reason=_reason(field["quarantined"]),
-        uri=uri,
-        operation=operation,
-        request=request,
-        route=str(note.get("route", "")),
-        queue=_text(field["queue"] or b""),
-        priority=Priority(int(field["priority"] or 1)),
-        exception=error["type"],
-        message=error["message"],
-        traceback=error["traceback"],
-        attempts=int(field["attempts"] or 0),
-        crashes=int(field["crashes"] or 0),
-        retries=int(field["retries"] or 0),
-        kwargs={**note.get("kwargs", {}), **_mapping(field["kwargs"])},
-        info=note.get("info", {}),
-        submitted=_time(field["submitted_ms"]),
-        started=_time(field["started_ms"]),
-        when=_time(field["ended_ms"]),
-        worker=_text(field["worker"] or b""),
-        job_id=_text(field["job_id"] or b""),
-    )
-
-
-def _mapping(packed: bytes | None) -> dict[str, Any]:
-    """What an entry can be shown without: bytes that cannot be read are left out."""
-    try:
-        found = codec.unpack(packed) if packed else {}
-    except CorruptResult:
-        found = {}
-    return found if isinstance(found, dict) else {}
-
-
-def _new_status(key: Key, request: BatchRequest, identity: Canonical, queue: str, fresh: list[int]) -> BatchStatus:
-    """The record of a claim that was made now: the caller knows all of it but the time and what was learned."""
-    submitted_ms, est_ms = (int(text) for text in fresh)
-    return BatchStatus(
-        key=key,
-        state=State.PENDING,
-        outcome=Outcome.NEW,
-        uri=identity.uri,
-        sticky=request.sticky,
-        submitted=datetime.fromtimestamp(submitted_ms / 1000, UTC),
-        estimated_time=est_ms / 1000 if est_ms else None,
-        queue=queue,
-    )
-
-
-def _joined(pieces: Iterable[bytes | None]) -> bytes:
-    return b"".join(piece or b"" for piece in pieces)
-
-
-def _state(key: Key, word: Any) -> State:
-    state = _STATES.get(word)
-    if state is None:
-        raise _unknown_state(key, word)
-    return state
-
-
-def _unknown_state(key: Key, word: Any) -> VersionSkew:
-    return VersionSkew(
-        f"request {key!r} is in state {_text(word)!r}, which this version of rqarm does not know: upgrade, or forget it"
-    )
-
-
-def _torn(key: Key, missing: Any) -> RqarmError:
-    return RqarmError(f"{int(missing)} pieces of the result of {key!r} are gone before its commit: write it again")
-
-
-def _progress(packed: bytes | None) -> tuple[float | None, str]:
-    if not packed:
-        return None, ""
-    told = json.loads(packed)
-    return float(told["fraction"]), str(told.get("message", ""))
-
-
-def _time(text: bytes | None) -> datetime | None:
-    return datetime.fromtimestamp(int(text) / 1000, UTC) if text else None
-
-
-def _text(raw: Any) -> str:
-    return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
-
-
-def _rows(flat: Sequence[Any], width: int) -> list[Sequence[Any]]:
-    return [flat[i : i + width] for i in range(0, len(flat), width)]
-
-
-def _overdue(row: Sequence[Any]) -> Overdue:
-    key, uri, queue, priority, _ = row
-    return Overdue(Key(_text(key)), _text(uri).split("\n", 2)[-1], _text(queue), Priority(int(priority)))
-
-
-def _counts(flat: list[Any]) -> dict[str, int]:
-    return {_text(name): int(n) for name, n in _rows(flat, 2)}
-
-
-def _outcomes(flat: list[Any]) -> dict[str, int]:
-    """The counters that are plain words; beside them stand those of ``tally``, whose names have a colon or a number."""
-    return {name: int(n) for name, n in _texts(flat).items() if name.replace("_", "").isalpha() and n.isdigit()}
-
-
-def _texts(flat: list[Any]) -> dict[str, str]:
-    return {_text(name): _text(value) for name, value in _rows(flat, 2)}
-
-
-def _entries(raw: Iterable[Any]) -> list[tuple[str, dict[str, str]]]:
-    found = []
-    for entry_id, fields in raw:
-        pairs = fields.items() if isinstance(fields, dict) else _rows(fields, 2)
-        found.append((_text(entry_id), {_text(name): _text(value) for name, value in pairs}))
-    return found
-
-
-# -- for the modules that read answers of scripts of their own (rqarm.browse)
-
-read_words, read_status, read_envelope, read_events = _words, _status, _envelope, _entries
-text_of, joined, rows = _text, _joined, _rows

@@ -118,17 +118,8 @@ class Settings:
 
         Raises ConfigError naming the argument or variable that is wrong.
         """
-        environ = os.environ if environ is None else environ
-        known = {field.name: field for field in fields(cls)}
-        if unknown := sorted(set(arguments) - set(known)):
-            raise ConfigError(f"no such setting: {', '.join(unknown)}; there are {', '.join(known)}")
-        chosen = {name: value for name, value in arguments.items() if value is not None}
-        for name, field in known.items():
-            variable = f"RQARM_{name.upper()}"
-            if name not in chosen and (text := environ.get(variable)):
-                chosen[name] = parse_variable(variable, text, field.default)
         try:
-            return cls(**chosen)
+            return cls(**chosen_options(cls, "RQARM_", arguments, environ))
         except TypeError as error:
             raise ConfigError(f"a setting has the wrong type: {error}") from error
 
@@ -151,7 +142,26 @@ def _result_url_fault(url: Any) -> str:
     return "{key} must stand behind the host" if "{" in parts.netloc else ""
 
 
-def parse_variable(variable: str, text: str, default: Any) -> Any:
+def chosen_options(
+    cls: type[Any], prefix: str, arguments: Mapping[str, Any], environ: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What is given of the fields of a class: by an argument that is not None, else by its environment variable.
+
+    Raises ConfigError naming the argument or variable that is wrong.
+    """
+    environ = os.environ if environ is None else environ
+    known = {field.name: field for field in fields(cls)}
+    if unknown := sorted(set(arguments) - set(known)):
+        raise ConfigError(f"no such option: {', '.join(unknown)}; there are {', '.join(known)}")
+    chosen = {name: value for name, value in arguments.items() if value is not None}
+    for name, field in known.items():
+        variable = f"{prefix}{name.upper()}"
+        if name not in chosen and (text := environ.get(variable)):
+            chosen[name] = _parsed(variable, text, field.default)
+    return chosen
+
+
+def _parsed(variable: str, text: str, default: Any) -> Any:
     try:
         if isinstance(default, bool):
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]

@@ -11,16 +11,18 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from rqarm import codec
+from rqarm import packing
 from rqarm.errors import InvalidRequest, LeaseLost, RqarmError
 from rqarm.model import Key
 from rqarm.request import BatchRequest, as_request
 
 if TYPE_CHECKING:
-    from rqarm.handlers import Resources
+    from rqarm.resources import Resources
 
 #: a progress bar needs no more than this, and each report is a write to Redis
 SECONDS_BETWEEN_REPORTS = 1.0
+#: requests that a handler can require at once: one script looks at all of them
+MOST_NEEDED = 1000
 
 
 class RetryLater(Exception):
@@ -34,7 +36,7 @@ class RetryLater(Exception):
     def __init__(self, delay: float | None = None, kwargs: Mapping[str, Any] | None = None) -> None:
         if delay is not None and not 0 <= delay < math.inf:
             raise ValueError(f"delay must be 0 or more seconds, not {delay!r}")
-        codec.pack_arguments(dict(kwargs or {}))
+        packing.pack_arguments(dict(kwargs or {}))
         super().__init__("at once" if delay == 0 else f"after {delay:g} s" if delay else "after the route's interval")
         self.delay = delay
         self.kwargs: Mapping[str, Any] = MappingProxyType(dict(kwargs or {}))
@@ -47,7 +49,7 @@ class SetAside(Exception):
     """
 
     def __init__(self, message: str = "", info: Mapping[str, Any] | None = None) -> None:
-        self.packed_info = codec.pack_arguments(dict(info or {}))
+        self.packed_info = packing.pack_arguments(dict(info or {}))
         super().__init__(message)
         self.message = message
         self.info: Mapping[str, Any] = MappingProxyType(dict(info or {}))
@@ -63,6 +65,14 @@ class Redirected(Exception):
     def __init__(self, target: BatchRequest, *, again: bool = False) -> None:
         super().__init__(f"to {target.uri}")
         self.target, self.again = target, again
+
+
+class Needed(Exception):
+    """Raised by ``Context.require`` to end this attempt until other requests have ended; let it pass."""
+
+    def __init__(self, requests: tuple[BatchRequest, ...]) -> None:
+        super().__init__(", ".join(request.uri for request in requests))
+        self.requests = requests
 
 
 class Context:
@@ -81,6 +91,8 @@ class Context:
         "_look_up_async",
         "_report",
         "_reported",
+        "_require",
+        "_require_async",
         "attempt",
         "deadline",
         "is_found",
@@ -107,6 +119,8 @@ class Context:
         emit: Callable[[Any], object] = lambda _: None,
         look_up: Callable[[BatchRequest], Any] | None = None,
         look_up_async: Callable[[BatchRequest], Awaitable[Any]] | None = None,
+        require: Callable[[tuple[BatchRequest, ...]], list[Any]] | None = None,
+        require_async: Callable[[tuple[BatchRequest, ...]], Awaitable[list[Any]]] | None = None,
     ) -> None:
         self.request = request
         self.key = key
@@ -120,6 +134,8 @@ class Context:
         self._clock = clock
         self._look_up = look_up
         self._look_up_async = look_up_async
+        self._require = require
+        self._require_async = require_async
         self._reported = -math.inf
         self._emit = emit
         #: whether the route's look-up had the value, so that the handler was not called
@@ -208,6 +224,34 @@ class Context:
         if self._look_up_async is None:
             raise RqarmError("only a worker can look up results: this Context was made by hand, without look_up_async")
         return await self._look_up_async(request)
+
+    def require(self, *requests: BatchRequest | str) -> list[Any]:
+        """The results of other requests, in their order: ``one, two = context.require("/one", "/two")``.
+
+        When some are missing, they are submitted and this attempt ends; when all have ended, the handler is called
+        again, from its start. No worker waits meanwhile, and it counts for nothing. So ask for all of them at once,
+        before anything else. In an ``async def`` handler it is ``await context.arequire(...)``.
+
+        Raises Needed: let it pass. RequestFailed, Quarantined, RequestCancelled for one that has ended so meanwhile;
+        InvalidRequest.
+        """
+        wanted = _as_needed(requests)
+        if self._require is None:
+            raise RqarmError("only a worker can require results: this Context was made by hand, without require")
+        return self._require(wanted)
+
+    async def arequire(self, *requests: BatchRequest | str) -> list[Any]:
+        """The same for ``async def`` handlers: others run while the server is asked."""
+        wanted = _as_needed(requests)
+        if self._require_async is None:
+            raise RqarmError("only a worker can require results: this Context was made by hand, without require_async")
+        return await self._require_async(wanted)
+
+
+def _as_needed(requests: tuple[BatchRequest | str, ...]) -> tuple[BatchRequest, ...]:
+    if len(requests) > MOST_NEEDED:
+        raise InvalidRequest(f"{len(requests)} are more than {MOST_NEEDED}", where="requests")
+    return tuple(map(as_request, requests))
 
 
 def _as_target(target: BatchRequest | str) -> BatchRequest:

@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +38,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from rqarm.errors import RqarmError
+from rqarm.model import View
 
 #: seconds a server may take from its start to its first answer, loading included
 START_TIMEOUT_S = 30.0
@@ -67,7 +68,7 @@ class EmbeddedError(RqarmError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerStatus:
+class ServerStatus(View):
     """The shared server at one moment. ``version`` is that of the last start when it does not run."""
 
     running: bool
@@ -78,11 +79,6 @@ class ServerStatus:
     uptime_s: float | None = None
     used_memory: int | None = None
     keys: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON types."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**values, "home": str(self.home)}
 
 
 def binaries() -> list[Path]:

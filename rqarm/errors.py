@@ -81,6 +81,13 @@ class WaitTimeout(ResultNotReady, TimeoutError):
         self.key, self.state, self.timeout = key, state, timeout
 
 
+class Refused(ResultNotReady):
+    """The queue is at its limit; nothing was accepted. Try again later."""
+
+    def __init__(self, key: str, queue: str) -> None:
+        super().__init__(key, f"refused, queue {queue!r} is at its limit (max_pending)")
+
+
 class RequestFailed(RqarmError):
     """The request ended without a result. ``error`` holds type, message and traceback of the handler's error."""
 
@@ -123,6 +130,16 @@ class NoHandler(RqarmError):
     """No route or operation takes the request. Register a handler or correct the URI."""
 
 
+class AliasesFull(RqarmError):
+    """So many lead to a request, or need it, that no more are taken. When it has ended, use its value."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"request {key!r} has too many aliases and dependents already: when it has ended, use its value"
+        )
+        self.key = key
+
+
 class RedirectLoop(RqarmError):
     """Redirects that lead back to where they began, or on and on. ``chain``: the URIs one after the other.
 
@@ -132,6 +149,10 @@ class RedirectLoop(RqarmError):
     def __init__(self, chain: tuple[str, ...], reason: str) -> None:
         super().__init__(f"{reason}: {' -> '.join(chain)}; let one of them compute the result")
         self.chain = chain
+
+
+class NeedLoop(RedirectLoop):
+    """Requests that need each other's results: none of them could ever go on. ``chain``: the URIs."""
 
 
 class ResultTooLarge(RqarmError):

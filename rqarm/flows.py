@@ -16,32 +16,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from rqarm import codec, tracing
-from rqarm.calls import (
-    LAPSED,
-    Attempt,
-    Batch,
-    Call,
-    Calls,
-    Command,
-    Found,
-    NextUp,
-    Overdue,
-    Page,
-    ParkingTicket,
-    Stats,
-    Stored,
-    Swept,
-    Taken,
-    Ticket,
-    UnreadableRequest,
-    ms,
-)
+from rqarm import codec, packing, tracing
+from rqarm.calls import Batch, Call, Calls, Command, NextUp, ParkingTicket, Ticket, ms
 from rqarm.config import Settings
 from rqarm.errors import (
     CorruptResult,
     InvalidRequest,
     Quarantined,
+    Refused,
     RequestCancelled,
     RequestFailed,
     RequestLost,
@@ -51,6 +33,7 @@ from rqarm.errors import (
 )
 from rqarm.keys import Keys
 from rqarm.model import BatchStatus, Key, Outcome, Priority, State
+from rqarm.replies import LAPSED, Attempt, Found, Overdue, Stored, Swept, Taken, UnreadableRequest
 from rqarm.request import BatchRequest, as_request
 from rqarm.uri import Canonical, check_key, redact
 
@@ -74,7 +57,8 @@ MAX_PAYLOAD_ID_CHARS = 200
 class Watch:
     """From now to the end of the flow: hear of these keys. Answered when the subscription stands.
 
-    ``is_sure`` = False: answered at once, and what happens until the subscription stands may not be heard.
+    ``is_sure`` = False: answered at once, and what happens until the subscription stands may not be heard. Who asks for
+    the same keys again then waits for it to stand.
     """
 
     keys: tuple[Key, ...]
@@ -83,7 +67,10 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """Wait for a wake-up of a watched key, at most ``timeout`` seconds. The answer is the set of keys that woke."""
+    """Wait for a wake-up of a watched key, at most ``timeout`` seconds.
+
+    The answer is the keys that woke, each with what was said of it; b"" = that does not count.
+    """
 
     timeout: float
 
@@ -221,7 +208,7 @@ def pack_payload(payload: Any, payload_id: str | None = None) -> tuple[str, byte
         if payload_id is not None:
             raise InvalidRequest("an id of a payload needs a payload", where="payload_id")
         return None
-    packed = codec.pack_arguments(payload)
+    packed = packing.pack_arguments(payload)
     if payload_id is None:
         return hashlib.blake2b(packed, digest_size=8).hexdigest(), packed
     if not isinstance(payload_id, str) or not 1 <= len(payload_id) <= MAX_PAYLOAD_ID_CHARS:
@@ -275,7 +262,7 @@ def result(core: Core, key: str, timeout: float | None = 0) -> Flow[Any]:
     found: Found = yield core.calls.read(key, with_value=True)
     if found.status.state.in_flight and timeout != 0:
         found = yield from _wait_for(core, key, timeout)
-    return (yield from _value(core, found))
+    return (yield from found_value(core, found))
 
 
 def get(core: Core, request: BatchRequest | str, timeout: float | None = None) -> Flow[Any]:
@@ -284,7 +271,7 @@ def get(core: Core, request: BatchRequest | str, timeout: float | None = None) -
     if not isinstance(answer, BatchStatus):
         return answer
     found = yield from _wait_for(core, answer.key, timeout, is_fresh=answer.outcome is Outcome.NEW)
-    return (yield from _value(core, found))
+    return (yield from found_value(core, found))
 
 
 def get_or_submit(
@@ -302,17 +289,18 @@ def get_or_submit(
         if found.stored is not None and found.stored.inline is not None:
             return True, found.status.value
         if found.stored is not None:
-            return True, (yield from _value(core, found))
+            return True, (yield from found_value(core, found))
     except CorruptResult:
         found = yield from _submitted(core, request, packed, True)
     if value_only and found.status.outcome in (Outcome.NEGATIVE, Outcome.REFUSED):
-        raise _unsuccessful(found.status)
+        raise unsuccessful(found.status)
     return False, found.status
 
 
-def _value(core: Core, found: Found) -> Flow[Any]:
+def found_value(core: Core, found: Found) -> Flow[Any]:
+    """The value of what was found. Raises what its state means when it has none."""
     if found.status.state is not State.COMPLETED:
-        raise _unsuccessful(found.status)
+        raise unsuccessful(found.status)
     if found.stored is None:
         raise RequestUnknown(found.status.key)
     return (yield from value_of(core, found.stored))
@@ -334,7 +322,8 @@ def _pieces(core: Core, stored: Stored) -> Flow[list[bytes | None]]:
     return pieces
 
 
-def _unsuccessful(status: BatchStatus) -> Exception:
+def unsuccessful(status: BatchStatus) -> Exception:
+    """Why there is no value."""
     if status.outcome is Outcome.REFUSED:
         return Refused(status.key, status.queue)
     if status.state is State.FAILED:
@@ -350,7 +339,7 @@ def stored_result(core: Core, key: str) -> Flow[Stored]:
     """The stored form, for readers that fetch piece by piece."""
     found: Found = yield core.calls.read(check_key(key), with_value=True)
     if found.status.state is not State.COMPLETED:
-        raise _unsuccessful(found.status)
+        raise unsuccessful(found.status)
     if found.stored is None:
         raise RequestUnknown(found.status.key)
     return found.stored
@@ -372,7 +361,7 @@ def wait(core: Core, keys: str | Iterable[str], timeout: float | None) -> Flow[l
     """The statuses in the order of the keys, when all have ended or the time is over."""
     wanted = [check_key(key) for key in ([keys] if isinstance(keys, str) else keys)]
     known: dict[Key, BatchStatus] = {}
-    yield from _collect(_settle(core, wanted, timeout, known))
+    yield from collect(_settle(core, wanted, timeout, known))
     return [known[key] for key in wanted]
 
 
@@ -396,7 +385,7 @@ def as_completed(core: Core, keys: Iterable[str], timeout: float | None) -> Flow
 def _wait_for(core: Core, key: Key, timeout: float | None, *, is_fresh: bool = False) -> Flow[Found]:
     known: dict[Key, BatchStatus] = {}
     settling = _settle(core, [key], timeout, known, with_value=True, is_fresh=is_fresh)
-    ended = yield from _collect(settling)
+    ended = yield from collect(settling)
     if not ended:
         raise WaitTimeout(key, known[key].state, timeout or 0.0)
     found: Found = ended[0]
@@ -417,20 +406,26 @@ def _settle(
     """Emits a Found for each key as it ends (or is unknown); returns at the end or when the time is over.
 
     Subscribe, then read, then wait: a result that comes between reading and waiting has left its wake-up behind. The
-    record is the answer and the wake-up a hint, so everything is read again every RECHECK seconds.
+    record is the answer and the wake-up a hint, so everything is read again every RECHECK seconds. A small result comes
+    with its wake-up: then who wants the value is spared the read.
     """
     deadline = None if timeout is None else core.clock() + timeout
     waiting = dict.fromkeys(keys)
+    woken: dict[Key, bytes] = {}
     if is_fresh and (timeout is None or timeout > FRESH):
         # no worker was as quick as this, so neither the confirmation nor the first read is worth waiting for
         yield Watch(tuple(waiting), is_sure=False)
-        if not (yield Listen(FRESH)):
+        woken = yield Listen(FRESH)
+        if not woken:
             yield Watch(tuple(waiting))
     else:
         yield Watch(tuple(waiting))
-    asked: Iterable[Key] = tuple(waiting)
+    asked: Sequence[Key] = tuple(waiting)
     while True:
-        answers: list[Found] = yield Batch(tuple(core.calls.read(key, with_value=with_value) for key in asked))
+        told = [core.calls.told(key, woken.get(key, b"")) for key in asked] if with_value else []
+        answers = [found for found in told if found is not None]
+        if len(answers) < len(asked):
+            answers = yield Batch(tuple(core.calls.read(key, with_value=with_value) for key in asked))
         for found in answers:
             known[found.status.key] = found.status
             if not found.status.state.in_flight:
@@ -439,7 +434,7 @@ def _settle(
         left = RECHECK if deadline is None else min(RECHECK, deadline - core.clock())
         if not waiting or left <= 0:
             return
-        woken: set[Key] = yield Listen(left)
+        woken = yield Listen(left)
         if not woken:
             # nobody may be there to notice that a worker died: whoever waits does. A favour: when it fails (memory is
             # out, foreign data among the leases) the wait goes on, and the read says what is wrong with this request.
@@ -493,7 +488,7 @@ def _driver(step: Step) -> Flow[Any]:
     return (yield step)
 
 
-def _collect(flow: Flow[Any]) -> Flow[list[Any]]:
+def collect(flow: Flow[Any]) -> Flow[list[Any]]:
     """What the flow emits, as a list; every other step goes on to the driver."""
     items = []
     for step in steps(flow):
@@ -519,7 +514,8 @@ def take(core: Core, queue: str | None, taker: str, timeout: float | None) -> Fl
         left = RECHECK if deadline is None else min(RECHECK, deadline - core.clock())
         if left <= 0:
             return None
-        yield core.calls.next_events(taken.last_event, ms(left))
+        if taken.reason != "spent":  # it ended while the reply was lost
+            yield core.calls.next_events(taken.last_event, ms(left))
 
 
 def start(core: Core, key: Key, job_id: str, worker: str, execution: str = "") -> Flow[Attempt | State]:
@@ -649,7 +645,7 @@ def fail(
 
 def retry(core: Core, attempt: Attempt, error: bytes, *, delay: float, kwargs: dict[str, Any] | None) -> Flow[None]:
     """Run the request again after ``delay`` seconds, its claim held. Raises LeaseLost, UnpackableResult."""
-    packed = codec.pack_arguments(kwargs) if kwargs else b""
+    packed = packing.pack_arguments(kwargs) if kwargs else b""
     ticket = _ticket_again(core, attempt, delay)
     yield core.calls.retry(attempt, ticket, delay_ms=ms(delay), kwargs=packed, error=error)
 
@@ -726,68 +722,3 @@ def _heal_lapsed(core: Core, found: Overdue) -> Call[str]:
 def _ticket_of(core: Core, found: Overdue, delay: float) -> Ticket:
     description = redact(found.uri, core.settings.secret_params)
     return core.jobs.schedule(found.key, description, found.queue, found.priority, delay)
-
-
-# -- views
-
-
-def pending(core: Core, queue: str | None) -> Flow[list[BatchStatus]]:
-    """What waits in a queue, next first."""
-    index = core.keys.named("pending", queue=queue or core.settings.queue)
-    return (yield from _collect(browse(core, index)))
-
-
-def browse(core: Core, index: str, limit: int | None = None, page_size: int = 500) -> Flow[None]:
-    """Emits the records of an index in its order, page by page."""
-    offset = 0
-    while limit is None or offset < limit:
-        wanted = page_size if limit is None else min(page_size, limit - offset)
-        page: Page = yield core.calls.browse(index, offset, wanted)
-        for entry in page.entries:
-            yield Emit(entry)
-        offset += wanted
-        if offset >= page.total:
-            return
-
-
-def stats(core: Core) -> Flow[Stats]:
-    answer: Stats = yield core.calls.stats()
-    return answer
-
-
-def events(core: Core, since: str | None, timeout: float | None) -> Flow[None]:
-    """Emits transitions as they happen, oldest first, until ``timeout`` seconds pass without one (None = for ever, 0 =
-    only what is there).
-
-    ``since``: an event id to go on behind; "0" = from the oldest that is kept; None = only what comes.
-    """
-    after: str = since if since is not None else (yield core.calls.newest_event())
-    quiet_since = core.clock()
-    while True:
-        entries = yield core.calls.events(after)
-        if not entries:
-            left = RECHECK if timeout is None else min(RECHECK, timeout - (core.clock() - quiet_since))
-            if left <= 0:
-                return
-            entries = yield core.calls.next_events(after, ms(left))
-        for entry_id, fields in entries:
-            after = entry_id
-            yield Emit(Event(entry_id, fields.get("verb", ""), Key(fields.get("key", "")), fields.get("state", "")))
-            quiet_since = core.clock()
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One transition. ``id`` starts with its time in Unix ms and is what ``since`` takes."""
-
-    id: str
-    verb: str
-    key: Key
-    state: str
-
-
-class Refused(ResultNotReady):
-    """The queue is at its limit; nothing was accepted. Try again later."""
-
-    def __init__(self, key: str, queue: str) -> None:
-        super().__init__(key, f"refused, queue {queue!r} is at its limit (max_pending)")

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from rqarm import codec
-from rqarm.calls import EMITTED_MAX, Attempt, Followed
+from rqarm import packing
+from rqarm.calls import EMITTED_MAX
 from rqarm.errors import EmissionTooLarge, RequestLost, RequestUnknown, RqarmError, WaitTimeout
-from rqarm.flows import RECHECK, Core, Emit, Flow, Listen, Watch, _value, sweep_if_due
+from rqarm.flows import RECHECK, Core, Emit, Flow, Listen, Watch, found_value, sweep_if_due
 from rqarm.keys import Keys
 from rqarm.model import Key, State
+from rqarm.replies import Attempt, Followed
 from rqarm.request import BatchRequest
 from rqarm.uri import check_key
 
@@ -70,7 +71,7 @@ class FollowEvent:
 
 def pack_emission(value: Any) -> bytes:
     """Raises UnpackableResult, EmissionTooLarge."""
-    packed = codec.pack(value)
+    packed = packing.pack(value)
     if len(packed) > EMITTED_MAX:
         raise EmissionTooLarge(len(packed), EMITTED_MAX)
     return packed
@@ -86,6 +87,7 @@ def follow(core: Core, request: BatchRequest | str, timeout: float | None) -> Fl
     key = check_key(request) if isinstance(request, str) else core.identify(request).key
     deadline = None if timeout is None else core.clock() + timeout
     known = _Known(key)
+    watched: Key | None = None
     yield Watch((key, Keys.told(key)))
     while True:
         seen: Followed | None = yield core.calls.follow(key, known.token, known.number)
@@ -94,29 +96,47 @@ def follow(core: Core, request: BatchRequest | str, timeout: float | None) -> Fl
                 raise RequestUnknown(key)
             yield Emit(FollowEvent(FollowKind.ERROR, key, error=RequestLost(key)))
             return
+        root = seen.found.status.redirect
+        if root is not None and root != watched:
+            watched = root
+            yield Watch((key, Keys.told(key), root, Keys.told(root)))
+            continue
+        if root is not None:
+            seen = yield from _as_its_root(core, seen, root, known)
         for event in known.news(seen):
             yield Emit(event)
         status = seen.found.status
         if not status.state.in_flight:
-            yield Emit((yield from _end(core, seen)))
+            yield Emit((yield from _end(core, key, seen)))
             return
         left = RECHECK if deadline is None else min(RECHECK, deadline - core.clock())
         if left <= 0:
             raise WaitTimeout(key, status.state, timeout or 0.0)
-        woken: set[Key] = yield Listen(left)
+        woken: dict[Key, bytes] = yield Listen(left)
         if not woken:
             # as in every wait: nobody may be there to notice that a worker died. When it fails, the wait goes on.
             with contextlib.suppress(Exception):
                 yield from sweep_if_due(core)
 
 
-def _end(core: Core, seen: Followed) -> Flow[FollowEvent]:
-    status = seen.found.status
+def _as_its_root(core: Core, seen: Followed, root: Key, known: _Known) -> Flow[Followed]:
+    """An alias as its root is: that computes. One that ended without a result tells its own end."""
+    if seen.found.status.state not in (State.PENDING, State.COMPLETED):
+        return seen
+    of_root: Followed | None = yield core.calls.follow(root, known.token, known.number)
+    # a root that vanished, or ended between the two looks: the next look at the alias says what became of it
+    if of_root is None or of_root.found.status.state.in_flight != seen.found.status.state.in_flight:
+        return seen
+    return of_root
+
+
+def _end(core: Core, key: Key, seen: Followed) -> Flow[FollowEvent]:
+    attempts = seen.found.status.attempts
     try:
-        value = yield from _value(core, seen.found)
+        value = yield from found_value(core, seen.found)
     except RqarmError as error:
-        return FollowEvent(FollowKind.ERROR, status.key, status.attempts, error=error)
-    return FollowEvent(FollowKind.RESULT, status.key, status.attempts, value=value)
+        return FollowEvent(FollowKind.ERROR, key, attempts, error=error)
+    return FollowEvent(FollowKind.RESULT, key, attempts, value=value)
 
 
 class _Known:
@@ -149,5 +169,5 @@ class _Known:
             yield FollowEvent(FollowKind.DROPPED, self.key, attempt, count=lost)
         for number, packed in enumerate(seen.values, seen.first):
             self.number = number
-            value = codec.unpack(packed)
+            value = packing.unpack(packed)
             yield FollowEvent(FollowKind.EMITTED, self.key, attempt, value=value, number=number)

@@ -12,12 +12,13 @@ import hashlib
 from dataclasses import replace
 from typing import Any
 
-from rqarm import codec, flows
-from rqarm.calls import About, Attempt, Batch, NextUp, QuarantineEntry, Unattended
+from rqarm import flows, packing
+from rqarm.calls import Batch, NextUp
 from rqarm.errors import CorruptResult, RqarmError
 from rqarm.flows import Core, Flow, value_of
 from rqarm.handlers import FollowUpMatch, Handlers, Match
 from rqarm.model import OWN_OPERATION, FollowUp, Key, Priority, State
+from rqarm.replies import About, Attempt, QuarantineEntry, Unattended
 from rqarm.request import BatchRequest
 
 #: unattended failures that one look reads, and looks at the most in one go
@@ -57,7 +58,7 @@ def prepare(core: Core, attempt: Attempt, match: FollowUpMatch) -> Flow[FollowUp
         entry = yield from _entry(core, about.of)
         return None if entry is None else match.given(about.of, entry)
     if match.kind is FollowUp.FAILURE:
-        return match.given(about.of, codec.unpack_error(about.error), payloads)
+        return match.given(about.of, packing.unpack_error(about.error), payloads)
     if about.stored is None:
         raise FollowUpLost(f"the result of {about.of!r} is not with its callback {attempt.key!r}")
     try:

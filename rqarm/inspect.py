@@ -7,7 +7,7 @@ One round trip, whatever the number of queues, requests or results; it only read
     waiters, attention
 ``server`` (``Server``, None when INFO is refused): name, version, used_memory, max_memory, memory_ratio, policy,
     evicted_keys, expired_keys, script_errors, clients, uptime
-``states``: pending, in_progress, completed, quarantined; and of the pending: parked, called
+``states``: STATES, of which failed are those that are not set aside; and of the pending: parked, called
 ``hit_rate``, ``hit_rate_hour`` (``HitRate``): hit, joined, new (counts), hit_ratio, joined_ratio, new_ratio, effective
 ``saved`` (``Saved``): executions, seconds, hit_seconds, joined_seconds
 ``minutes`` (60 of ``Minute``, oldest first): at, submissions, executions (word -> count)
@@ -24,12 +24,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rqarm.calls import Batch, Census
+from rqarm.calls import Batch
 from rqarm.flows import Core, Flow
-from rqarm.model import Key
+from rqarm.model import Key, View
+from rqarm.replies import Census
 from rqarm.uri import redact
 from rqarm.version import __version__
 
@@ -37,6 +38,8 @@ from rqarm.version import __version__
 MINUTES = 60
 #: outcomes of a submit that needed no execution of its own
 ANSWERED = ("hit", "stale", "joined")
+#: of requests, as ``Overview.states`` counts them; ``parked`` and ``called`` are pending
+STATES = ("pending", "in_progress", "completed", "failed", "cancelled", "quarantined")
 #: hot keys that are shown
 HOTTEST = 10
 #: the oldest in line has waited this many seconds: somebody should look
@@ -217,7 +220,7 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
-class Overview:
+class Overview(View):
     """One look at a namespace. Counters count since the namespace began."""
 
     at: float
@@ -247,11 +250,6 @@ class Overview:
     #: subscriptions to the end of a request: of one process and one key each; None when the server does not say
     waiters: int | None
     attention: tuple[Attention, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON types, with what is computed (ratios, sums)."""
-        document: dict[str, Any] = plain(self)
-        return document
 
 
 def overview(core: Core) -> Flow[Overview]:
@@ -297,6 +295,8 @@ def _overview(core: Core, census: Census, server: Server | None, waiters: int | 
             "in_progress": numbers["in_progress"],
             "completed": numbers["temporary"] + numbers["sticky"],
             "quarantined": numbers["quarantined"],
+            "failed": numbers["failed"],
+            "cancelled": numbers["cancelled"],
         },
         submissions=totals,
         executions=words(executions),
@@ -358,7 +358,7 @@ def _int(family: Mapping[str, str], field: str) -> int:
 
 
 def _ring(family: Mapping[str, str], now: int) -> dict[int, Counter[str]]:
-    """Minute -> word -> count, from the ring; see ``tally`` in lua/prelude.lua. What is older is left over."""
+    """Minute -> word -> count, from the ring; see ``add_up`` in lua/prelude.lua. What is older is left over."""
     series: dict[int, Counter[str]] = {now - ago: Counter() for ago in range(MINUTES)}
     for field, value in family.items():
         slot, _, word = field.partition(":")
@@ -524,18 +524,3 @@ def _server_attention(server: Server | None) -> Iterable[Attention]:
         if server.evicted_keys:
             text = f"the server has thrown out {server.evicted_keys} keys since it started, to make room"
             yield Attention("warning", "evictions", text)
-
-
-# -- JSON
-
-
-def plain(value: Any) -> Any:
-    """JSON types; a dataclass is its fields and its properties."""
-    if is_dataclass(value) and not isinstance(value, type):
-        computed = [name for name, member in vars(type(value)).items() if isinstance(member, property)]
-        return {name: plain(getattr(value, name)) for name in (*(field.name for field in fields(value)), *computed)}
-    if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    return value

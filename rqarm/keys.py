@@ -29,7 +29,7 @@ PATTERNS: dict[str, str] = {
     "results": "results",
     "sizes": "sizes",
     "quarantine": "quarantine",
-    "failures": "failures",
+    "ended": "ended:{state}",
     "tag": "tag:{tag}",
     "tagged": "tagged",
     "unattended": "unattended:{follow_up}",

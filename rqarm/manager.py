@@ -7,12 +7,18 @@ from typing import Any
 
 import redis
 
-from rqarm import browse, bulk, connect, flows, following, inline
-from rqarm.browse import ClaimPage, RequestDetail, SearchPage, WorkersView
+from rqarm import bulk, connect, flows, following, inline
+from rqarm.browse import claims, detail, events, listing, search, workers
+from rqarm.browse.claims import ClaimPage
+from rqarm.browse.detail import RequestDetail
+from rqarm.browse.events import Event
+from rqarm.browse.explain import Explanation, explain
+from rqarm.browse.search import SearchPage
+from rqarm.browse.workers import WorkersView
 from rqarm.bulk import Entries, Entry, OnError
 from rqarm.cache import Cache
 from rqarm.config import Settings
-from rqarm.flows import Core, Event
+from rqarm.flows import Core
 from rqarm.following import FollowEvent
 from rqarm.inline import BulkResult, Compute, Mitigation, OnHits
 from rqarm.inspect import Overview, overview
@@ -22,7 +28,6 @@ from rqarm.queue import Lease, Queues
 from rqarm.request import BatchRequest
 from rqarm.rqjobs import RqJobs
 from rqarm.shell import GIVEN, Shell
-from rqarm.views import Explanation, explain
 
 
 class RequestManager:
@@ -129,7 +134,7 @@ class RequestManager:
 
     def queue(self, name: str | None = None) -> list[BatchStatus]:
         """What waits in a queue, next first."""
-        return self.shell.run(flows.pending(self.core, name))
+        return self.shell.run(listing.pending(self.core, name))
 
     def result(self, key: str, timeout: float | None = 0) -> Any:
         """The value of a request, waiting up to ``timeout`` seconds for it (None = for ever).
@@ -168,11 +173,15 @@ class RequestManager:
         return self.shell.iterate(following.follow(self.core, request, timeout))
 
     def cancel(self, key: str) -> bool:
-        """End a request for everybody who waits for it. False when it had ended already. Raises RequestUnknown."""
+        """End a request for everybody who waits for it. False when it had ended already: also by this call, when that
+        was sent again because its reply was lost. Raises RequestUnknown.
+        """
         return self.shell.run(flows.cancel(self.core, key))
 
     def forget(self, key: str) -> bool:
-        """Drop an ended request with its result. False when it is unknown. Raises ResultNotReady while in flight."""
+        """Drop an ended request with its result. False when it is unknown: also when this call was sent again because
+        its reply was lost. Raises ResultNotReady while in flight.
+        """
         return self.shell.run(flows.forget(self.core, key))
 
     def explain(self, request: BatchRequest | str) -> Explanation:
@@ -206,7 +215,7 @@ class RequestManager:
         Raises InvalidRequest.
         """
         return self.shell.run(
-            browse.search(self.core, text, state=state, route=route, tag=tag, queue=queue, cursor=cursor, limit=limit)
+            search.search(self.core, text, state=state, route=route, tag=tag, queue=queue, cursor=cursor, limit=limit)
         )
 
     def inspect(self, key: str, *, values: bool = False) -> RequestDetail:
@@ -214,22 +223,22 @@ class RequestManager:
 
         ``values``: with the payloads themselves. Two round trips at the most.
         """
-        return self.shell.run(browse.inspect(self.core, key, values=values))
+        return self.shell.run(detail.inspect(self.core, key, values=values))
 
     def claims(self, *, offset: int = 0, limit: int = 50) -> ClaimPage:
         """What runs, the first to lapse first: holder, lease, last sign of life; and how full the limits are."""
-        return self.shell.run(browse.claims(self.core, offset, limit))
+        return self.shell.run(claims.claims(self.core, offset, limit))
 
     def release(self, key: str) -> bool:
         """Take a running request away from its worker: it is next in line, and the attempt does not count.
 
         The worker finds at its next renewal that it has lost it. False when it does not run. Raises RequestUnknown.
         """
-        return self.shell.run(browse.release(self.core, key))
+        return self.shell.run(claims.release(self.core, key))
 
     def workers(self) -> WorkersView:
         """The RQ workers that listen to our queues: state, requests in hand, counts, heartbeat. Two round trips."""
-        return self.shell.run(browse.workers(self.core))
+        return self.shell.run(workers.workers(self.core))
 
     def events(self, since: str | None = None, timeout: float | None = None) -> Iterator[Event]:
         """Transitions as they happen, until ``timeout`` seconds pass without one (None = for ever, 0 = what is there).
@@ -237,7 +246,7 @@ class RequestManager:
         ``since``: the id of the last event you saw; "0" = the oldest that is kept; None = only what comes. The last
         10,000 or so are kept.
         """
-        return self.shell.iterate(flows.events(self.core, since, timeout))
+        return self.shell.iterate(events.events(self.core, since, timeout))
 
     def close(self) -> None:
         """Give all connections back."""

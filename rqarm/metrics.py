@@ -10,7 +10,7 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from rqarm.inspect import Histogram, Overview
+from rqarm.inspect import STATES, Histogram, Overview
 from rqarm.model import Outcome
 
 #: what an answer with ``render`` is, version 0.0.4 of the format
@@ -22,7 +22,7 @@ MOST_LABELS = 100
 SUBMISSIONS = (*map(str, Outcome), "conflict", "corrupt")
 EXECUTIONS = (
     *("completed", "concluded", "redirected", "failed", "retried", "crashed"),
-    *("cancelled", "released", "parked", "revived"),
+    *("cancelled", "released", "parked", "waiting", "revived"),
 )
 REFUSALS = ("duplicate", "late")
 REMOVALS = ("expired", "cleared", "replaced", "lost")
@@ -89,7 +89,7 @@ def _requests(found: Overview) -> Iterator[Metric]:
 
 
 def _states(found: Overview) -> dict[str, int]:
-    return {state: found.states[state] for state in ("pending", "in_progress", "completed", "quarantined")}
+    return {state: found.states[state] for state in STATES}
 
 
 def _executions(found: Overview) -> Iterator[Metric]:

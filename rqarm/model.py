@@ -6,10 +6,12 @@ table here says which there are, and a test holds the two together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime
 from enum import IntEnum, StrEnum
-from typing import Any, NewType
+from pathlib import PurePath
+from typing import Any, ClassVar, NewType
 
 Key = NewType("Key", str)
 Token = NewType("Token", int)
@@ -104,6 +106,7 @@ TRANSITIONS: dict[str, dict[State, State]] = {
     "release": {State.IN_PROGRESS: State.PENDING},
     "conclude": {State.IN_PROGRESS: State.UNKNOWN},
     "redirect": {State.IN_PROGRESS: State.PENDING},
+    "need": {State.IN_PROGRESS: State.PENDING},
     "revive": {State.PENDING: State.PENDING},
     "crash": {State.IN_PROGRESS: State.PENDING},
     "requeue": {State.FAILED: State.PENDING},
@@ -118,8 +121,40 @@ TRANSITIONS: dict[str, dict[State, State]] = {
 }
 
 
+class View:
+    """A dataclass that people and programs are shown."""
+
+    __slots__ = ()
+    #: fields and properties that ``to_dict`` leaves out
+    hidden: ClassVar[tuple[str, ...]] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON types, with what is computed. Times are in ISO 8601, durations in seconds."""
+        document: dict[str, Any] = _plain(self)
+        return document
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        computed = [name for name, member in vars(type(value)).items() if isinstance(member, property)]
+        hidden = value.hidden if isinstance(value, View) else ()
+        names = [*(each.name for each in fields(value)), *computed]
+        return {name: _plain(getattr(value, name)) for name in names if name not in hidden}
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, StrEnum | PurePath):
+        return str(value)
+    if isinstance(value, IntEnum):
+        return value.name.lower()
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    return value
+
+
 @dataclass(frozen=True, slots=True)
-class BatchStatus:
+class BatchStatus(View):
     """What is known of one request at one moment.
 
     Times are aware datetimes in UTC from the server's clock. ``position``: 1 = next to start, 0 = in progress, None =
@@ -151,19 +186,9 @@ class BatchStatus:
     reason: str = ""
     redirect: Key | None = None
     value: Any = field(default=None, repr=False, compare=False)
+    hidden: ClassVar[tuple[str, ...]] = ("value", "is_blocked")
 
     @property
     def is_blocked(self) -> bool:
         """Set aside so that a submit does not run it again: somebody must decide."""
         return self.quarantined and self.reason in BLOCKING
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON types: times in ISO 8601, words as strings, no value."""
-        names = [name for name in self.__slots__ if name != "value"]
-        return {name: _plain(getattr(self, name)) for name in names}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return str(value) if isinstance(value, StrEnum) else value

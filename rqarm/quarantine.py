@@ -11,17 +11,23 @@ requeued or comes meanwhile moves nothing under who reads.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rqarm import codec
-from rqarm.calls import Batch, Call, QuarantineEntry
+from rqarm import packing
+from rqarm.browse import search
+from rqarm.calls import Batch, Call
 from rqarm.context import SetAside
 from rqarm.errors import InvalidRequest, NoHandler, ResultTooLarge, UnpackableResult
 from rqarm.flows import Core, Emit, Flow
-from rqarm.handlers import AppRefusal, Match, Route, takes
+from rqarm.handlers import Match
 from rqarm.model import Key, Reason, State
+from rqarm.mounts import AppRefusal
+from rqarm.replies import QuarantineEntry
+from rqarm.routes import Route
 from rqarm.shell import AsyncShell, Shell, same_docs
+from rqarm.templates import takes
+from rqarm.text import name_of
 from rqarm.uri import check_key, redact
 
 #: entries that one round trip reads; a traceback has 16 KiB at the most
@@ -55,11 +61,34 @@ def note_for(match: Match | None, kwargs: dict[str, Any], error: BaseException |
     if match is not None:
         note["route"] = match.route.name
     if isinstance(error, SetAside):
-        note["info"] = codec.unpack(error.packed_info)
-    return codec.pack(note)
+        note["info"] = packing.unpack(error.packed_info)
+    return packing.pack(note)
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantinePage:
+    """Some of what is set aside, newest first, without payloads; ``cursor`` leads to the next page, "" at the end.
+
+    ``looked_at`` of the ``total`` have been looked at so far, this page included.
+    """
+
+    entries: tuple[QuarantineEntry, ...]
+    cursor: str
+    looked_at: int
+    total: int
 
 
 # -- flows
+
+
+def page(core: Core, cursor: str, limit: int) -> Flow[QuarantinePage]:
+    """A page in two round trips, however many are set aside."""
+    place = search.PLACES[search.QUARANTINED]
+    found = yield search.search_call(core, place, state=search.QUARANTINED, cursor=cursor, limit=limit)
+    calls = tuple(core.calls.entry(each.status.key) for each in found.entries)
+    read: list[QuarantineEntry | State] = (yield Batch(calls)) if calls else []
+    listed = tuple(each for each in read if isinstance(each, QuarantineEntry))
+    return QuarantinePage(listed, found.cursor, found.looked_at, found.total)
 
 
 def entries(
@@ -173,7 +202,7 @@ def _pages(keys: list[Key]) -> Iterator[list[Key]]:
 def _filter(route: str | None, exception: ErrorType | None, reason: str | None) -> Callable[[QuarantineEntry], bool]:
     name = exception
     if isinstance(exception, type):
-        name = f"{exception.__module__}.{exception.__qualname__}".removeprefix("builtins.")
+        name = name_of(exception)
 
     def is_wanted(entry: QuarantineEntry) -> bool:
         if reason is not None and entry.reason != reason:
@@ -214,6 +243,10 @@ class Quarantine:
     ) -> Iterator[QuarantineEntry]:
         """The entries, newest first, without payloads. A hundred in a round trip."""
         return self._shell.iterate(entries(self._core, route=route, exception=exception, reason=reason, limit=limit))
+
+    def page(self, *, cursor: str = "", limit: int = 50) -> QuarantinePage:
+        """A page of the entries, newest first, in two round trips; at most 500."""
+        return self._shell.run(page(self._core, cursor, limit))
 
     def get(self, key: str) -> QuarantineEntry | None:
         """The entry with its payloads; None when the request is not set aside."""
@@ -272,6 +305,9 @@ class AsyncQuarantine:
         limit: int | None = None,
     ) -> AsyncIterator[QuarantineEntry]:
         return self._shell.iterate(entries(self._core, route=route, exception=exception, reason=reason, limit=limit))
+
+    async def page(self, *, cursor: str = "", limit: int = 50) -> QuarantinePage:
+        return await self._shell.run(page(self._core, cursor, limit))
 
     async def get(self, key: str) -> QuarantineEntry | None:
         return await self._shell.run(entry(self._core, key))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
-from rqarm import codec, flows, following, followups, redirects
-from rqarm.calls import Attempt
+from rqarm import flows, following, followups, packing, redirects
 from rqarm.flows import Core
 from rqarm.model import Key, Reason, State, Token
+from rqarm.replies import Attempt
 from rqarm.request import BatchRequest
 from rqarm.shell import AsyncShell, Shell, same_docs
 
@@ -106,7 +109,8 @@ class Lease(_Held):
     def redirect(self, target: BatchRequest | str) -> State:
         """Let another request answer: this one becomes an alias of it. What it is now: pending, or as the target ended.
 
-        Raises LeaseLost, InvalidRequest. RedirectLoop, and Refused when the target's queue is full: the lease stays.
+        Raises LeaseLost, InvalidRequest. RedirectLoop, Refused when the target's queue is full, AliasesFull: the lease
+        stays.
         """
         state = self._shell.run(redirects.redirected(self._core, self._attempt, target))
         self._is_ended = True
@@ -140,7 +144,8 @@ class Queues:
 
         Whoever holds the lease must end or renew it within the lease time (15 s by default), else another gets it.
         """
-        attempt = self._shell.run(flows.take(self._core, queue, taker(), timeout))
+        with _taking() as name:
+            attempt = self._shell.run(flows.take(self._core, queue, name, timeout))
         return None if attempt is None else Lease(self._core, self._shell, attempt)
 
     def sweep(self, queue: str | None = None) -> int:
@@ -149,7 +154,7 @@ class Queues:
 
 
 def _packed(name: str, error: BaseException | str) -> bytes:
-    return codec.pack_error(name, error, "") if isinstance(error, str) else codec.pack_error(error)
+    return packing.pack_error(name, error, "") if isinstance(error, str) else packing.pack_error(error)
 
 
 def _failing(
@@ -162,13 +167,39 @@ def _failing(
 ) -> flows.Flow[None]:
     packed, note, reason = _packed("Failed", error), b"", ""
     if quarantine:
-        reason, note = Reason.ASKED, codec.pack_arguments({"kwargs": attempt.kwargs, "info": info})
+        reason, note = Reason.ASKED, packing.pack_arguments({"kwargs": attempt.kwargs, "info": info})
     yield from flows.fail(core, attempt, packed, negative_ttl=negative_ttl, reason=reason, note=note)
 
 
 def taker() -> str:
-    """The name under which this thread takes work."""
+    """The name of this thread."""
     return f"{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}"
+
+
+class _Asking(threading.local):
+    """Which names of this thread ask for work at the moment."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+
+_asking = _Asking()
+
+
+@contextmanager
+def _taking() -> Iterator[str]:
+    """A name under which nobody else takes work meanwhile.
+
+    Coroutines of a thread ask at the same time. Under one name, a call that is sent again because its reply was lost
+    would not find what it had started, once the next one has started something.
+    """
+    thread = taker()
+    name = next(name for n in count() if (name := f"{thread}.{n}" if n else thread) not in _asking.names)
+    _asking.names.add(name)
+    try:
+        yield name
+    finally:
+        _asking.names.discard(name)
 
 
 @same_docs(Lease)
@@ -229,7 +260,8 @@ class AsyncQueues:
         self._core, self._shell = core, shell
 
     async def next_request(self, timeout: float | None = 0, *, queue: str | None = None) -> AsyncLease | None:
-        attempt = await self._shell.run(flows.take(self._core, queue, taker(), timeout))
+        with _taking() as name:
+            attempt = await self._shell.run(flows.take(self._core, queue, name, timeout))
         return None if attempt is None else AsyncLease(self._core, self._shell, attempt)
 
     async def sweep(self, queue: str | None = None) -> int:

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from rqarm import flows
-from rqarm.calls import Attempt, NextUp, Redirection, ms
+from rqarm.calls import NextUp, ms
 from rqarm.context import Redirected
 from rqarm.errors import (
+    AliasesFull,
     CorruptResult,
     RedirectLoop,
+    Refused,
     RequestCancelled,
     RequestFailed,
     RequestLost,
@@ -25,10 +27,11 @@ from rqarm.errors import (
 )
 from rqarm.flows import Core, Flow
 from rqarm.model import BatchStatus, Outcome, Priority, State
+from rqarm.replies import Attempt, Redirection
 from rqarm.request import BatchRequest, as_request
 from rqarm.uri import redact
 
-#: seconds until a request is tried again whose target was refused, because a queue is full
+#: seconds until a request is tried again whose target was refused, because a queue or its set of aliases is full
 REFUSED_DELAY = 5.0
 #: times that a target is submitted which vanishes before anybody can lead to it
 PATIENCE = 5
@@ -67,8 +70,8 @@ def redirect(
     ``failure_ttl``: how long this request can be inspected, should the target fail. ``follow_ups``: who is told should
     the target have ended already; else the target's own are, with the payloads of both.
 
-    Raises LeaseLost. Refused (the target's queue is full), RedirectLoop, KeyConflict, RequestLost: the attempt is still
-    ours.
+    Raises LeaseLost. Refused (the target's queue is full), AliasesFull, RedirectLoop, KeyConflict, RequestLost: the
+    attempt is still ours.
     """
     request = _with_wishes(attempt, as_request(target))
     key = core.identify(request).key
@@ -84,11 +87,13 @@ def redirect(
         if came.word == "endless":
             chain = ("...", core.describe(attempt.request), core.describe(request))
             raise RedirectLoop(chain, "too many redirects in a row")
+        if came.word == "full":
+            raise AliasesFull(key)
         if came.word != "gone":
             return came.word
         status: BatchStatus = yield from flows.submit(core, request, again=again)
         if status.outcome is Outcome.REFUSED:
-            raise flows.Refused(status.key, status.queue)
+            raise Refused(status.key, status.queue)
         is_submitted = True
     raise RequestLost(key)
 

@@ -63,6 +63,7 @@ WORKER_FIELDS = {
     "version": "version",
     "python_version": "python_version",
     "stopping": "shutdown_requested_date",
+    "rqarm_version": "rqarm_version",  # rqarm.Worker's own
 }
 
 _ID, _DESCRIPTION = "recorded-00000000", "recorded description"

@@ -21,12 +21,14 @@ from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from rqarm import connect
-from rqarm.calls import Batch, Call, Command, foreign_data
+from rqarm.calls import Batch, Call, Command
+from rqarm.cancelling import cancellable
 from rqarm.config import Settings
 from rqarm.errors import ConfigError, RqarmError
 from rqarm.flows import Emit, Flow, Listen, Step, Watch
 from rqarm.keys import Keys
 from rqarm.listen import AsyncListener, AsyncWatching, Listener, Watching
+from rqarm.replies import foreign_data
 from rqarm.scripts import Script
 
 T = TypeVar("T")
@@ -151,6 +153,8 @@ class Shell:
                 try:
                     if isinstance(step, Emit):
                         yield step.item
+                    elif isinstance(step, Watch) and watching is not None and watching.keys == step.keys:
+                        watching.confirm()
                     elif isinstance(step, Watch):
                         watching = stack.enter_context(self._listening().watch(step.keys, step.is_sure))
                     elif isinstance(step, Listen):
@@ -235,6 +239,18 @@ class Shell:
         if replies is None or any(isinstance(reply, NoScriptError) for reply in replies):
             return list(self.execute(sent.batch))
         return self._wire.read_all(sent.batch, replies)
+
+    def packed(self, connection: Any, *commands: Call[Any] | tuple[Any, ...]) -> list[bytes]:
+        """Commands and calls in the bytes of a connection, for who sends them by himself and reads by ``answer``."""
+        packed: list[bytes] = connection.pack_commands(
+            [self._wire.argv(command) if isinstance(command, Call) else command for command in commands]
+        )
+        return packed
+
+    def answer(self, call: Call[T], connection: Any) -> T:
+        """The answer to a call that was sent on this connection, which is read now. Raises its error."""
+        answer: T = self._wire.read(call, _reply(connection))
+        return answer
 
     def _exchange(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         """The raw replies to commands of which redis-py knows nothing anyway. Its client and its pipeline take several
@@ -321,6 +337,8 @@ class AsyncShell:
                 try:
                     if isinstance(step, Emit):
                         yield step.item
+                    elif isinstance(step, Watch) and watching is not None and watching.keys == step.keys:
+                        await watching.confirm()
                     elif isinstance(step, Watch):
                         watching = await stack.enter_async_context(self._listening().watch(step.keys, step.is_sure))
                     elif isinstance(step, Listen):
@@ -334,11 +352,12 @@ class AsyncShell:
     async def execute(self, step: Call[Any] | Command[Any] | Batch[Any]) -> Any:
         """The answer to one step. Raises redis errors, ServerUnavailable, ForeignData, ServerUnsuitable."""
         try:
-            if isinstance(step, Command) and step.waits:
-                reply = await self._waiting_client().execute_command(*self._wire.argv(step))
-            else:
-                async with self._sending:
-                    reply = await self._send(step)
+            with cancellable():
+                if isinstance(step, Command) and step.waits:
+                    reply = await self._waiting_client().execute_command(*self._wire.argv(step))
+                else:
+                    async with self._sending:
+                        reply = await self._send(step)
         except redis.exceptions.RedisError as error:
             explained = self._wire.explain(step, error)
             if explained is error:

@@ -46,6 +46,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86_400:.0f} d"
 
 
+def brief(seconds: float) -> str:
+    """As ``duration``, and below a second in milliseconds: ``4 ms``."""
+    if 0 < seconds < 0.0005:
+        return "< 1 ms"
+    return f"{seconds * 1000:.0f} ms" if 0 < seconds < 0.9995 else duration(seconds)
+
+
 def size(count: int) -> str:
     """Bytes for people: ``812 B``, ``1.5 MiB``."""
     units, amount = ["B", "KiB", "MiB", "GiB", "TiB"], float(count)
@@ -53,6 +60,12 @@ def size(count: int) -> str:
         amount /= 1024
         del units[0]
     return f"{amount:.1f} {units[0]}" if amount != count else f"{count} B"
+
+
+def name_of(thing: Any) -> str:
+    """The full name of a function or class: its module and name; of a built-in one the name alone."""
+    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    return f"{module}.{name}".removeprefix("builtins.") if module and name else repr(thing)
 
 
 # -- for JSON

@@ -17,6 +17,7 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote_plus
 
+from rqarm.text import name_of
 from rqarm.uri import redact
 from rqarm.version import __version__
 
@@ -102,7 +103,7 @@ class Span:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, Exception):
             # only the type: messages of ours tell the URI, which may hold secrets
-            self.fail(name_of(error))
+            self.fail(name_of(type(error)))
         self.end()
 
 
@@ -170,12 +171,6 @@ def _span_context(api: ModuleType, text: str) -> SpanContext | None:
 
 
 # -- errors
-
-
-def name_of(error: BaseException) -> str:
-    """The full name of its type."""
-    kind = type(error)
-    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
 
 
 def conceal(text: str, uris: Iterable[str], secret_params: tuple[str, ...]) -> str:

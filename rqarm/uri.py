@@ -295,14 +295,24 @@ def redact(uri: str, secret_params: Sequence[str]) -> str:
     start = _TAIL.search(uri)
     if start is None:
         return uri
-    names = (secret_params,) if isinstance(secret_params, str) else secret_params
-    patterns = tuple(name.lower() for name in names if isinstance(name, str))
-    if not patterns:
+    is_secret = _secret_names(secret_params)
+    if is_secret is None:
         return uri
-    is_secret = _matcher(patterns)
     cut = start.end()
     pieces = _SEPARATOR.split(uri[cut:])
     return uri[:cut] + "".join(_redact_piece(piece, is_secret) for piece in pieces)
+
+
+def is_secret(name: str, secret_params: Sequence[str]) -> bool:
+    """Whether ``redact`` hides the value of a parameter of this name, which is decoded."""
+    matches = _secret_names(secret_params)
+    return matches is not None and matches(name.lower()) is not None
+
+
+def _secret_names(secret_params: Sequence[str]) -> Callable[[str], object] | None:
+    names = (secret_params,) if isinstance(secret_params, str) else secret_params
+    patterns = tuple(name.lower() for name in names if isinstance(name, str))
+    return _matcher(patterns) if patterns else None
 
 
 _TAIL = re.compile(r"[?#]")

@@ -20,8 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
-    "tests/test_transitions.py", "tests/test_limits.py", "tests/test_model.py", "tests/test_execution.py",
-    "tests/test_waiting.py", "tests/test_browse.py", "tests/test_redirects.py", "tests/test_callbacks.py",
+    "tests/test_transitions.py", "tests/test_submit.py", "tests/test_results.py", "tests/test_attempts.py",
+    "tests/test_healing.py", "tests/test_line.py", "tests/test_emissions.py", "tests/test_limits.py",
+    "tests/test_model.py", "tests/test_execution.py", "tests/test_waiting.py", "tests/test_browse.py",
+    "tests/test_redirects.py", "tests/test_needs.py", "tests/test_callbacks.py",
 ]  # fmt: skip
 HELD = "if claim.state ~= 'in_progress' or claim.token ~= token then"
 NOT_FENCED = "if claim.state ~= 'in_progress' then"
@@ -87,7 +89,12 @@ MUTANTS = [
         "vacate(key, fields.limit) end\n  redis.call('ZREM', leases_name(), key)\nend",
         "vacate(key, fields.limit) end\nend",
     ),
-    Mutant("no-wake-up", "lua/prelude.lua", "sticky)\n  wake(key, 'completed')\n", "sticky)\n"),
+    Mutant(
+        "no-wake-up",
+        "lua/prelude.lua",
+        "sticky)\n  wake(key, 'completed', is_small and envelope, bytes)\n",
+        "sticky)\n",
+    ),
     Mutant("commit-of-a-torn-result", "lua/complete.lua", "if missing > 0 then", "if false then"),
     Mutant(
         "chunks-keep-their-short-life",
@@ -130,8 +137,20 @@ MUTANTS = [
     Mutant(
         "sweep-without-re-push",
         "lua/sweep.lua",
-        "and not has_ticket(claim) then\n    report(ticketless, key, claim, claim.job_id)\n",
-        "and not has_ticket(claim) then\n",
+        "and not has_ticket(key, claim) then\n    report(ticketless, key, claim, claim.job_id)\n",
+        "and not has_ticket(key, claim) then\n",
+    ),
+    Mutant(
+        "sweep-takes-a-ticket-from-who-loads",
+        "lua/sweep.lua",
+        "if delivery == 'started' then return is_loading(key, claim) end",
+        "if delivery == 'started' then return false end",
+    ),
+    Mutant(
+        "sweep-waits-for-a-dead-loader",
+        "lua/sweep.lua",
+        "return now_ms < tonumber(seen_ms) + math.max(lease_ms, LOADING_MS) end",
+        "return true end",
     ),
     Mutant(
         "sweep-forgets-a-lost-alias",
@@ -156,7 +175,7 @@ MUTANTS = [
     Mutant(
         "load-is-never-given-back",
         "lua/prelude.lua",
-        "if est_ms > 0 then add_load(fields.queue, fields.slot, int(-est_ms)) end",
+        "    elseif est_ms > 0 then\n      add_load(fields.queue, fields.slot, int(-est_ms))\n",
         "",
     ),
     Mutant(
@@ -249,6 +268,16 @@ MUTANTS = [
     Mutant("complete-leaves-its-job", "lua/complete.lua", "if job ~= '' then gone[2] = job end\n", ""),
     # redirects, callbacks, the quarantine
     Mutant("a-redirect-without-token", "lua/redirect.lua", HELD, NOT_FENCED),
+    Mutant("aliases-without-end", "lua/prelude.lua", "local MOST_ALIASES = 1000", "local MOST_ALIASES = 100000"),
+    Mutant(
+        "who-needs-is-never-called",
+        "lua/prelude.lua",
+        "  pcall(replay, fields.recall, fields.recall_data)\n",
+        "",
+    ),
+    Mutant("who-needs-two-is-called-by-one", "lua/prelude.lua", "if left ~= '\\n' then return", "if false then return"),
+    Mutant("two-that-need-each-other", "lua/need.lua", "if chain then", "if false then"),
+    Mutant("a-need-without-token", "lua/need.lua", HELD, NOT_FENCED),
     Mutant("a-redirect-loop", "lua/redirect.lua", "if target == key or IN_FLIGHT", "if false and IN_FLIGHT"),
     Mutant("an-alias-sleeps-on", "lua/prelude.lua", "  complete_aliases(led_by(key), key, deadline_ms)\n", ""),
     Mutant(
@@ -291,7 +320,7 @@ MUTANTS = [
     ),
     Mutant(
         "search-tells-secrets",
-        "browse.py",
+        "browse/search.py",
         "shown = redact(entry.uri, core.settings.secret_params).lower()",
         "shown = entry.uri.lower()",
     ),
@@ -337,10 +366,23 @@ MUTANTS = [
     Mutant(
         "failures-without-bound",
         "lua/prelude.lua",
-        "  redis.pcall('ZREMRANGEBYRANK', failures_name(), 0, -FAILURES_KEPT - 1)\n",
+        "  redis.pcall('ZREMRANGEBYRANK', ended_name(state), 0, -ENDED_KEPT - 1)\n",
         "",
     ),
+    Mutant("failed-for-ever", "lua/prelude.lua", "  redis.pcall('ZREM', ended_name('failed'), key)\n", ""),
+    Mutant("attempts-without-bound", "lua/prelude.lua", "number % ATTEMPTS_KEPT, note", "number, note"),
+    Mutant("retry-leaves-no-note", "lua/retry.lua", "note_attempt(key, claim, 'retried', err)\n", ""),
+    Mutant("attempt-of-nobody", "lua/crash.lua", ", 'worker', 'started_ms')", ")"),
     Mutant("inspect-looks-at-the-end-only", "lua/inspect.lua", "if time ~= '' then note", "if false then note"),
+    Mutant("execution-starts-twice", "lua/take.lua", "  is_spent = not taken\n", ""),
+    Mutant(
+        "take-of-the-dead-stays-open",
+        "lua/take.lua",
+        "  redis.call('HSET', takers_name(), taker, exec .. ' ' .. NOTHING)\n",
+        "",
+    ),
+    Mutant("value-of-another-claim", "listen.py", 'said if self.stands(waiter) else b""', "said"),
+    Mutant("reader-leaves-nobody-behind", "listen.py", "next(iter(self._asleep)).ring()", "pass"),
     Mutant("waiter-reads-before-it-listens", "flows.py", "    else:\n        yield Watch(tuple(waiting))\n", ""),
     Mutant(
         "waiter-trusts-the-wake-up",

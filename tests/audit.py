@@ -224,10 +224,13 @@ class _Audit:
 
     def _views(self) -> None:
         """The indexes that only views and invalidations read hold all that they must; they may hold more."""
-        failures = self._zset("failures")
-        for key, record in self._in_state("failed", "cancelled").items():
-            listed = key in failures or "quarantined" in record
-            self._check(listed, f"{key} is {record['state']} and not among the failures")
+        for state in ("failed", "cancelled"):
+            listed = self._zset("ended", state=state).keys()
+            ended = {key for key, record in self._in_state(state).items() if "quarantined" not in record}
+            self._check(ended <= listed, f"{sorted(ended - listed)} are {state} and not listed")
+            # what has expired stays until a sweep looks
+            others = listed & self.records.keys() - ended
+            self._check(not others, f"{sorted(others)} are listed as {state}")
         for key, record in self.records.items():
             tags = record.get("tags", "")
             self._check(not tags or key + tags in self._zset("tagged"), f"{key} is not among those with tags")
@@ -259,7 +262,8 @@ class _Audit:
         for key, record in self.records.items():
             waits = {"recall", "recall_data"} & record.keys()
             self._check(
-                not waits or (record["state"] == "pending" and "limit" in record), f"{key} is not parked: {waits}"
+                not waits or (record["state"] == "pending" and {"limit", "needs"} & record.keys()),
+                f"{key} is not parked: {waits}",
             )
             self._check("limit" not in record or record["state"] in IN_FLIGHT, f"{key} has ended under a limit")
 
@@ -276,11 +280,20 @@ class _Audit:
             in_flight = root.get("state") in IN_FLIGHT and "alias" not in root
             self._check(in_flight or key in self.lost, f"{key} leads to {record['alias']}, which is not in flight")
             self._check("token" not in record, f"{key} is redirected and runs")
+        for key, record in self.records.items():
+            for root in record.get("needs", "").split():
+                known = self._value("aliases", key=root) or []
+                self._check(
+                    record["state"] != "pending" or key.encode() in known, f"{root} does not know that {key} needs it"
+                )
         prefix = self.keys.named("aliases", key="")
         for name, (_, members, _) in self.stored.items():
             for key in (m.decode() for m in members) if name.startswith(prefix) else ():
-                record = self.records.get(key, {"alias": name.removeprefix(prefix)})
-                self._check(record.get("alias") == name.removeprefix(prefix), f"{key} is no alias of {name}")
+                root = name.removeprefix(prefix)
+                record = self.records.get(key, {"alias": root})
+                # who needed it and was moved up or cancelled stays until it ends
+                is_known = record.get("alias") == root or self.records.get(root, {}).get("state") in IN_FLIGHT
+                self._check(is_known, f"{key} neither leads to {root} nor needs it")
         results = self._zset("results")
         for key, record in self._in_state("completed").items():
             if "alias" in record:

@@ -10,7 +10,7 @@ import pytest
 from workers import burst
 
 from rqarm import BatchRequest, BatchStatus, Handlers, RequestManager, connect
-from rqarm.worker import execution, use_handlers
+from rqarm.worker import equipment, use_handlers
 
 
 class Bench:
@@ -71,6 +71,6 @@ class Bench:
 
     def close(self) -> None:
         self.rm.close()
-        runner = execution.this_process().runner
+        runner = equipment.of_this_process().runner
         if runner is not None:
             runner.close()

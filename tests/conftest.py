@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import managers
@@ -11,9 +10,11 @@ import pytest
 import redis
 import servers
 from bench import Bench
+from drive import Rig
 
 from rqarm import connect, embedded
-from rqarm.worker import execution
+from rqarm.worker import equipment
+from rqarm.worker.equipment import Equipment
 
 
 @pytest.fixture(scope="session", params=["valkey", "redis"])
@@ -47,9 +48,22 @@ def redis_client(server: embedded.PrivateServer) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture
+def rig(redis_client: redis.Redis) -> Rig:
+    """The default namespace on the emptied server, with every id in the hand of the test."""
+    return Rig(redis_client)
+
+
+@pytest.fixture
+def full(rig: Rig) -> Iterator[Callable[[], None]]:
+    """Call it, and memory is out."""
+    yield lambda: bool(rig.client.config_set("maxmemory", 1))
+    rig.client.config_set("maxmemory", 0)
+
+
+@pytest.fixture
 def bench(redis_client: redis.Redis, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """Handlers, a manager, and a worker of RQ's own in this process."""
-    monkeypatch.setattr(execution, "_process", execution._Process(os.getpid(), None, {}))
+    monkeypatch.setattr(equipment, "_equipment", Equipment())
     made = Bench(url, monkeypatch)
     yield made
     made.close()

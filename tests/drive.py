@@ -15,24 +15,13 @@ from typing import Any
 import redis
 from redis.exceptions import NoScriptError
 
-from rqarm import codec, flows, followups
-from rqarm.calls import (
-    Attempt,
-    Batch,
-    Call,
-    Command,
-    Found,
-    NextUp,
-    ParkingTicket,
-    QuarantineEntry,
-    Redirection,
-    Taken,
-    Ticket,
-)
+from rqarm import codec, flows, followups, packing
+from rqarm.calls import Batch, Call, Command, NextUp, ParkingTicket, Ticket
 from rqarm.config import Settings
 from rqarm.flows import Core, Emit, Flow
 from rqarm.keys import Keys
 from rqarm.model import FollowUp, Key, Priority, State, Token
+from rqarm.replies import Attempt, Found, QuarantineEntry, Redirection, Taken
 from rqarm.request import BatchRequest, as_request
 from rqarm.rqjobs import RqJobs
 
@@ -52,7 +41,7 @@ STORED_STATE: dict[str, State] = {
 LEASE_MS = 60_000
 #: the limit of a test that needs only one
 LIMIT = "/limited/{n}"
-ERROR = codec.pack_error("Boom", "it did not work", "")
+ERROR = packing.pack_error("Boom", "it did not work", "")
 
 #: everything stored: name -> (type, value, moment of expiry in Unix ms or -1)
 Snapshot = dict[str, tuple[str, Any, int]]
@@ -166,9 +155,16 @@ class Rig:
         return replace(call, parse=parse)
 
     def take_any(
-        self, lists: Sequence[str], execution: str = "", worker: str = "me", *, for_rq: bool = False
+        self,
+        lists: Sequence[str],
+        execution: str = "",
+        worker: str = "me",
+        *,
+        for_rq: bool = False,
+        is_last: bool = False,
     ) -> Call[Taken]:
-        return self.calls.take(lists, execution or secrets.token_hex(8), worker, worker, LEASE_MS, for_rq=for_rq)
+        execution = execution or secrets.token_hex(8)
+        return self.calls.take(lists, execution, worker, worker, LEASE_MS, for_rq=for_rq, is_last=is_last)
 
     def complete(
         self,
@@ -203,6 +199,10 @@ class Rig:
             note=note,
             follow_ups=follow_ups,
         )
+
+    def need(self, attempt: Attempt, *needed: Key, ticket: ParkingTicket | None = None) -> Call[Redirection]:
+        ticket = self.parking_ticket(attempt) if ticket is None else ticket
+        return self.calls.need(attempt, needed, ticket, delay_ms=600_000)
 
     def admit(
         self, attempt: Attempt, max_running: int = 1, limit: str = LIMIT, ticket: ParkingTicket | None = None
@@ -375,6 +375,7 @@ class Rig:
             case "quarantined":
                 for _ in range(self.settings.max_attempts - 1):
                     assert self.word(self.crash(request.key, attempt.token, self.ticket(request))) == "requeued"
+                    execution = secrets.token_hex(8)
                     attempt = self.ask(self.take(execution))
                 assert self.word(self.crash(request.key, attempt.token, self.ticket(request))) == "quarantined"
             case "cancelled":

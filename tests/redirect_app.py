@@ -10,6 +10,7 @@ from app import note, notes, wait_for
 
 from rqarm import BatchRequest, Context, Handlers, calls
 from rqarm.model import Key
+from rqarm.replies import Attempt
 
 handlers = Handlers()
 #: A -> B -> C -> D and F -> E -> B
@@ -55,7 +56,7 @@ def die_between_the_steps() -> None:
     """The first attempt at ``/cut`` dies when its target is submitted and it does not lead there yet."""
     redirect = calls.Calls.redirect
 
-    def fatal(self: calls.Calls, attempt: calls.Attempt, target: Key, **options: Any) -> Any:
+    def fatal(self: calls.Calls, attempt: Attempt, target: Key, **options: Any) -> Any:
         if attempt.request.uri.startswith("/cut/") and attempt.number == 1 and options.get("is_submitted"):
             note(f"cut-{target}", os.getpid())
             os.kill(os.getpid(), signal.SIGKILL)

@@ -57,6 +57,11 @@ def eventually(claim: Callable[[], Any], timeout: float = 10.0, what: str = "") 
     return answer
 
 
+def connections(client: redis.Redis) -> set[str]:
+    """The connections of the server, each by its id. Compare sets: one that another test left may close at any time."""
+    return {each["id"] for each in client.client_list()}
+
+
 @contextmanager
 def short_directory() -> Iterator[Path]:
     """A directory whose path leaves room for a socket's name (pytest's own are too long for that on some systems)."""

@@ -7,6 +7,7 @@ paths, commands, variables.
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -14,12 +15,13 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
+import promql
 import pytest
 import redis
 import yaml
@@ -30,6 +32,7 @@ from test_metrics import empty
 from rqarm import BatchRequest, metrics
 from rqarm.cli import COMMANDS, main
 from rqarm.config import Settings
+from rqarm.inspect import QueueLine, Server
 
 ROOT = Path(__file__).parent.parent
 BOARDS = sorted((ROOT / "dashboards" / "grafana").glob("*.json"))
@@ -161,6 +164,76 @@ def test_an_alert_says_how_bad_and_what_it_is(rule: dict[str, Any]) -> None:
     assert set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"]))) <= grouped
 
 
+def queue(name: str = "arm", **changes: Any) -> QueueLine:
+    line = QueueLine(name, 0, None, None, 0, 0, 0, None, None, 1)
+    return replace(line, **changes)
+
+
+def server(**changes: Any) -> Server:
+    at_ease = Server("valkey", "9.1.2", 100, 1_000, 0.1, "volatile-lru", 3, 0, 0, 1, 1)
+    return replace(at_ease, **changes)
+
+
+#: alert -> what is then, and what is now; what is not named is as when all is well
+ALARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "RqarmNoWorkers": ({}, {"queues": (queue(), queue("reports", waiting=3, workers=0))}),
+    "RqarmStaleQueue": ({}, {"queues": (queue(waiting=1, oldest=601.0),)}),
+    "RqarmFailures": (
+        {"executions": {"completed": 90, "failed": 10, "crashed": 1}},
+        {"executions": {"completed": 97, "failed": 12, "crashed": 2}},
+    ),
+    "RqarmLeasesOverdue": ({}, {"overdue": 1, "overdue_seconds": 61.0}),
+    "RqarmResultsEvicted": ({}, {"server": server(evicted_keys=4)}),
+    "RqarmMemoryHigh": ({}, {"server": server(used_memory=901)}),
+    "RqarmDuplicateExecution": ({}, {"refusals": {"duplicate": 1}}),
+}
+#: what must not wake anybody
+CALM: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({}, {"queues": (queue(waiting=50, oldest=599.0),), "overdue": 1, "overdue_seconds": 59.0}),
+    ({}, {"server": server(max_memory=0, memory_ratio=None)}),
+    ({}, {"server": None}),
+    # two of nine: too few to tell
+    ({"executions": {"completed": 90}}, {"executions": {"completed": 97, "failed": 2}}),
+    # old failures, old duplicates, old evictions
+    *[({"executions": {"failed": 99}, "refusals": {"duplicate": 9}},) * 2],
+    ({}, {"refusals": {"late": 5}}),
+]
+
+
+def firing(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
+    """The alerts that fire between two scrapes."""
+    calm = replace(empty(), queues=(queue(),), server=server())
+    scrapes = [
+        promql.Scrape(metrics.render(replace(calm, **changes)), job="rqarm", instance="dashboard:9181")
+        for changes in (before, now)
+    ]
+    return {rule["alert"] for rule in alerts() if promql.evaluate(rule["expr"], *scrapes)}
+
+
+@pytest.mark.parametrize("alert", ALARMS)
+def test_an_alert_fires_for_what_it_is_about_and_no_other_does(alert: str) -> None:
+    assert firing(*ALARMS[alert]) == {alert}
+
+
+def test_it_is_told_when_nothing_answers() -> None:
+    nothing = promql.Scrape("", job="rqarm", instance="dashboard:9181")
+    assert {rule["alert"] for rule in alerts() if promql.evaluate(rule["expr"], nothing, nothing)} == {"RqarmDown"}
+    assert set(ALARMS) | {"RqarmDown"} == {rule["alert"] for rule in alerts()}
+
+
+@pytest.mark.parametrize(("before", "now"), CALM)
+def test_nothing_fires_when_all_is_well(before: dict[str, Any], now: dict[str, Any]) -> None:
+    assert firing(before, now) == set()
+
+
+@pytest.mark.parametrize("expression", ["", "rqarm_up >", "topk(1, rqarm_up)", "rqarm_up @ 1", "1 > 2", "(rqarm_up"])
+def test_what_is_not_understood_is_not_evaluated(expression: str) -> None:
+    nothing = promql.Scrape("")
+    with pytest.raises(SyntaxError):
+        promql.evaluate(expression, nothing, nothing)
+
+
 # -- paths between the files
 
 
@@ -214,6 +287,17 @@ def test_monitoring_is_a_profile_and_the_rest_is_not() -> None:
     }  # fmt: skip
 
 
+def test_what_was_accepted_survives_a_restart_and_everything_comes_back() -> None:
+    valkey = COMPOSE["services"]["valkey"]
+    options = dict(itertools.pairwise(valkey["command"]))
+    assert (options["--appendonly"], options["--maxmemory-policy"]) == ("yes", "volatile-lru")
+    assert "valkey-data:/data" in valkey["volumes"]
+    named = {volume.partition(":")[0] for each in COMPOSE["services"].values() for volume in each.get("volumes", [])}
+    assert {name for name in named if not name.startswith(".")} == set(COMPOSE["volumes"])
+    assert {service["restart"] for service in COMPOSE["services"].values()} == {"unless-stopped"}
+    assert not any(service.get("image", "").endswith((":latest", "/")) for service in COMPOSE["services"].values())
+
+
 @pytest.mark.parametrize("service", OURS)
 def test_a_service_runs_a_command_of_ours_with_options_that_it_has(service: str) -> None:
     name, *arguments = COMPOSE["services"][service]["command"]
@@ -239,7 +323,7 @@ def test_a_service_gets_variables_that_somebody_reads(service: str) -> None:
         assert options <= {field.name for field in fields(Options)}
 
 
-@pytest.mark.parametrize("service", [name for name in COMPOSE["services"] if name in (*OURS, "valkey")])
+@pytest.mark.parametrize("service", COMPOSE["services"])
 def test_a_service_tells_its_health(service: str) -> None:
     kind, program, *arguments = COMPOSE["services"][service]["healthcheck"]["test"]
     assert kind == "CMD"

@@ -9,13 +9,13 @@ from typing import Any
 
 import managers
 import pytest
-import redis
 from audit import audit
 from drive import Rig, server_ms
 from servers import eventually
 from workers import crew
 
-from rqarm import BatchRequest, InvalidRequest, LeaseLost, RequestManager, RequestUnknown, State, browse
+from rqarm import BatchRequest, InvalidRequest, LeaseLost, RequestManager, RequestUnknown, State
+from rqarm.browse import claims, search
 
 LIMIT = "/limited/{n}"
 
@@ -35,12 +35,6 @@ def walked(rm: Any, **filters: Any) -> list[Any]:
         pages.append(rm.search(**filters, cursor=pages[-1].cursor))
         assert len(pages) < 200, "a walk ends"
     return pages
-
-
-@pytest.fixture
-def rig(redis_client: redis.Redis) -> Rig:
-    """The same server and namespace as ``rm``, with the ids in the hand of the test."""
-    return Rig(redis_client)
 
 
 @pytest.fixture
@@ -179,7 +173,7 @@ def test_a_call_looks_at_a_bounded_number_and_says_how_far_it_is(rm: Any, monkey
     for n in range(25):
         rm.submit(f"/{n}")
     rm.submit("/wanted")
-    monkeypatch.setattr(browse, "LOOKS", 10)
+    monkeypatch.setattr(search, "LOOKS", 10)
     pages = walked(rm, text="wanted", state="pending")
     assert [page.looked_at for page in pages] == [10, 20, 26]
     assert {page.total for page in pages} == {26}
@@ -229,8 +223,34 @@ def test_what_somebody_else_wrote_does_not_stop_a_search(rm: Any, rig: Rig) -> N
     assert keys_of(rm.search()) == [good.key]
 
 
+def test_what_has_ended_without_a_result_is_counted_while_it_is_there(rm: Any, rig: Rig) -> None:
+    def counts() -> tuple[int, int, int]:
+        states = rm.overview().states
+        return states["failed"], states["cancelled"], states["quarantined"]
+
+    failed, anew = rig.seed("failed", "/a"), rig.seed("failed", "/b")
+    cancelled, put = rig.seed("cancelled", "/c"), rig.seed("cancelled", "/d")
+    rig.seed("quarantined", "/e")
+    assert counts() == (2, 2, 1)
+    rm.submit(anew.request)
+    rm.cache.put(put.request, "value")
+    assert counts() == (1, 1, 1)
+    assert rig.word(rig.start(failed.key, failed.job_id)) == "started"
+    rm.forget(cancelled.key)
+    assert counts() == (0, 0, 1)
+
+
+def test_the_sweep_takes_out_what_has_expired(rm: Any, rig: Rig) -> None:
+    gone, stays = rig.seed("failed", "/gone"), rig.seed("failed", "/stays")
+    rig.client.delete(rig.keys.status(gone.key))
+    assert rm.overview().states["failed"] == 2
+    assert rm.queues.sweep() == 0
+    assert rm.overview().states["failed"] == 1
+    assert keys_of(rm.search(state="failed")) == [stays.key]
+
+
 def test_the_index_of_failures_is_bounded(rm: Any, rig: Rig) -> None:
-    index = rig.named("failures")
+    index = rig.named("ended", state="failed")
     rig.client.zadd(index, {f"old{n}": n for n in range(10_000)})
     key = rig.seed("failed").key
     assert rig.client.zcard(index) == 10_000
@@ -274,6 +294,69 @@ def test_a_running_request_shows_its_lease_and_its_history(rm: Any, rig: Rig) ->
     assert 0 < detail.lease_left <= 60
     assert [event.verb for event in detail.timeline] == ["submit", "start", "release", "start"]
     assert sorted(event.id for event in detail.timeline) == [event.id for event in detail.timeline]
+
+
+def test_each_attempt_is_told_with_how_it_ended(rm: Any, rig: Rig) -> None:
+    attempt = rig.begin(BatchRequest("/slow"), worker="first")
+    rig = Rig(rig.client, max_attempts=5)
+    assert rig.word(rig.retry(attempt, rig.ticket(attempt.request))) == "retried"
+    for worker in ("second", "third"):
+        attempt = rig.ask(rig.take(worker=worker))
+        assert rig.word(rig.crash(attempt.key, attempt.token, rig.ticket(attempt.request))) == "requeued"
+    attempt = rig.ask(rig.take(worker="fourth"))
+
+    told = rm.inspect(attempt.key).attempts
+    assert [(each.number, each.worker, each.outcome) for each in told] == [
+        (1, "first", "retried"),
+        (2, "second", "crashed"),
+        (3, "third", "crashed"),
+        (4, "fourth", "running"),
+    ]
+    assert all(each.started <= each.ended and each.ran >= 0 for each in told[:3])
+    assert [each.error and each.error["type"] for each in told] == ["Boom", "Boom", "Boom", None]
+    assert (told[3].ended, told[3].ran >= 0) == (None, True)
+
+    assert rig.word(rig.complete(attempt)) == "stored"
+    last = rm.inspect(attempt.key).attempts[3]
+    assert (last.outcome, last.ended, last.error) == ("completed", rm.status(attempt.key).ended, None)
+    assert json.loads(json.dumps(rm.inspect(attempt.key).to_dict()))["attempts"][0]["outcome"] == "retried"
+    assert not any("Boom" in text for text in rm.inspect(attempt.key).record.values())
+
+
+@pytest.mark.parametrize(
+    ("state", "outcome"),
+    [("mine", "running"), ("completed", "completed"), ("failed", "failed"), ("aliased", "redirected")],
+)
+def test_a_first_attempt_is_told_by_the_state(rm: Any, rig: Rig, state: str, outcome: str) -> None:
+    seeded = rig.seed(state)
+    (only,) = rm.inspect(seeded.key).attempts
+    assert (only.number, only.outcome, only.worker) == (1, outcome, "" if state == "aliased" else "me")
+    assert (only.error is not None) == (state == "failed")
+
+
+def test_an_attempt_that_a_submit_found_dead_is_told(rm: Any, rig: Rig) -> None:
+    seeded = rig.seed("lapsed")
+    rm.submit(seeded.request)
+    (only,) = rm.inspect(seeded.key).attempts
+    assert (only.outcome, only.worker, only.error["type"]) == ("crashed", "me", "LeaseLapsed")
+
+
+def test_the_newest_attempts_are_kept_and_a_new_claim_begins_anew(rm: Any, rig: Rig) -> None:
+    attempt = rig.begin(BatchRequest("/slow"))
+    for _ in range(13):
+        assert rig.word(rig.retry(attempt, rig.ticket(attempt.request))) == "retried"
+        attempt = rig.ask(rig.take())
+    assert [each.number for each in rm.inspect(attempt.key).attempts] == list(range(4, 15))
+    assert rig.word(rig.fail(attempt)) == "failed"
+    rm.submit(attempt.request)
+    assert rm.inspect(attempt.key).attempts == ()
+
+
+def test_a_note_that_somebody_else_wrote_is_left_out(rm: Any, rig: Rig) -> None:
+    seeded = rig.seed("mine")
+    for n, note in enumerate(("", "x", "1:x", "99:1", "1:7" * 6, "1:9,,,,,", "-3:")):
+        rig.client.hset(rig.keys.status(seeded.key), f"tried_{n}", note)
+    assert [each.number for each in rm.inspect(seeded.key).attempts] == [1]
 
 
 def test_events_are_found_however_many_came_between(rm: Any, rig: Rig) -> None:
@@ -321,7 +404,7 @@ def test_a_failure_shows_its_error_and_until_when_it_answers(rm: Any, rig: Rig) 
 def test_the_place_under_a_limit_is_shown(rm: Any, rig: Rig) -> None:
     parked = rig.seed("parked", "/limited/2").key
     detail = rm.inspect(parked)
-    assert detail.limit == browse.LimitUse(LIMIT, 1, 1, 0, 1)
+    assert detail.limit == claims.LimitUse(LIMIT, 1, 1, 0, 1)
     assert detail.parked_at == 1
     (limit,) = rm.claims().limits
     assert limit == detail.limit
@@ -385,6 +468,12 @@ def test_the_overview_counts_what_is_there(rm: Any) -> None:
     assert sum(share.size for share in seen.routes) == seen.bytes
     assert [entry.status.uri for entry in seen.largest][:3] == ["/week/2", "/week/1", "/week/0"]
     json.dumps(seen.to_dict())
+
+
+def test_an_alias_is_counted_as_one(rm: Any, rig: Rig) -> None:
+    rig.seed("aliased")
+    kinds = {share.name: share.entries for share in rm.cache.overview().kinds}
+    assert kinds == {"text": 1, "redirect": 1}
 
 
 def test_a_sample_is_taken_at_equal_distances(rm: Any) -> None:

@@ -25,10 +25,12 @@ from rqarm import (
     UnpackableResult,
     codec,
     followups,
+    packing,
 )
-from rqarm.calls import Attempt, NextUp
+from rqarm.calls import NextUp
 from rqarm.handlers import HOOK_RETRY, FollowUpMatch, Hook
 from rqarm.model import FollowUp, Outcome
+from rqarm.replies import Attempt
 
 REQUEST = BatchRequest("/slow?x=1", key="slow")
 HOUR_MS = 3_600_000
@@ -177,11 +179,6 @@ def test_the_holder_of_a_lease_gets_the_payloads_of_all_who_joined(redis_client:
 
 
 # -- the scripts
-
-
-@pytest.fixture
-def rig(redis_client: redis.Redis) -> Rig:
-    return Rig(redis_client)
 
 
 def payloads_of(rig: Rig, key: str) -> dict[bytes, bytes]:
@@ -581,7 +578,7 @@ def test_the_consumer_gets_the_entry_of_what_has_killed_its_workers(bench: Bench
     bench.handlers.quarantine(bench.told.append)
     rig = Rig(bench.rm.connection)
     seeded = rig.seed("quarantined", "/x")
-    rig.client.hset(rig.named("callbacks", key=seeded.key), "id", codec.pack("p"))
+    rig.client.hset(rig.named("callbacks", key=seeded.key), "id", packing.pack("p"))
     rig.client.delete(rig.named("swept"))
     bench.rm.submit("/x?other")
     bench.work()

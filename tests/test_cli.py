@@ -8,6 +8,7 @@ import decimal
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -30,8 +31,10 @@ from click.testing import CliRunner, Result
 import rqarm
 from rqarm import BatchRequest, RequestManager
 from rqarm.cli import COMMANDS, common, main, waiting
-from rqarm.cli.common import FAILURE, NOT_READY, USAGE, duration, json_text, plain, size
+from rqarm.cli.common import FAILURE, NOT_READY, USAGE, json_text
 from rqarm.model import BatchStatus, Key, State
+from rqarm.queue import Lease
+from rqarm.text import brief, duration, plain, size
 
 Run = Callable[..., Result]
 ROOT = Path(__file__).parents[1]
@@ -932,6 +935,14 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 s"), (0.0001, "< 1 ms"), (0.004, "4 ms"), (0.9994, "999 ms"), (0.9999, "1.0 s"), (70, "70 s")],
+)
+def test_what_is_below_a_second_is_told_in_milliseconds(seconds: float, text: str) -> None:
+    assert brief(seconds) == text
+
+
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 40, "5.0 TiB")])
 def test_sizes(count: int, text: str) -> None:
     assert size(count) == text
@@ -972,6 +983,16 @@ class Terminal:
         self._text = ""
         self.code: int | None = None
 
+    def press(self, keys: bytes) -> None:
+        os.write(self._end, keys)
+
+    def forget(self) -> None:
+        """What was read so far counts no more."""
+        self._text = ""
+
+    def resize(self) -> None:
+        self._running.send_signal(signal.SIGWINCH)
+
     def read_until(self, text: str) -> None:
         deadline = time.monotonic() + 30
         while text not in self._text:
@@ -996,10 +1017,11 @@ class Terminal:
 
 
 @contextmanager
-def on_terminal(*args: str, url: str) -> Iterator[Terminal]:
+def on_terminal(*args: str, url: str, is_typed_at: bool = False) -> Iterator[Terminal]:
     ours, theirs = pty.openpty()
+    stdin = theirs if is_typed_at else subprocess.DEVNULL
     try:
-        with process(*args, url=url, stdout=theirs, stderr=theirs, env={"COLUMNS": "100"}) as running:
+        with process(*args, url=url, stdin=stdin, stdout=theirs, stderr=theirs, env={"COLUMNS": "100"}) as running:
             os.close(theirs)
             yield Terminal(ours, running)
     finally:
@@ -1007,6 +1029,37 @@ def on_terminal(*args: str, url: str) -> Iterator[Terminal]:
 
 
 # -- for operators
+
+
+@pytest.mark.parametrize("key", [b"q", b"\x1b"])
+def test_top_has_a_screen_of_its_own_until_a_key_ends_it(rm: RequestManager, url: str, key: bytes) -> None:
+    rm.submit("/cities/FR")
+    with on_terminal("top", "--interval", "600", url=url, is_typed_at=True) as terminal:
+        terminal.read_until("no worker listens")
+        terminal.press(b"x\x1b[A")
+        terminal.forget()
+        terminal.read_until("no worker listens")
+        terminal.forget()
+        terminal.resize()
+        terminal.read_until("no worker listens")
+        terminal.press(key)
+        text = terminal.read_to_end()
+    assert terminal.code == 0
+    assert text.rstrip().endswith("\x1b[?25h\x1b[?1049l")
+
+
+def test_top_goes_on_when_the_server_is_gone_and_comes_back(tmp_path: Path) -> None:
+    with servers.throwaway(servers.VALKEY or servers.REDIS) as server:
+        with on_terminal("top", "--interval", "0.2", url=server.url, is_typed_at=True) as terminal:
+            terminal.read_until("0 waiting")
+            server.kill()
+            terminal.read_until("looking again every 0.2 s")
+            server.start()
+            terminal.forget()
+            terminal.read_until("0 waiting")
+            terminal.press(b"q")
+            terminal.read_to_end()
+        assert terminal.code == 0
 
 
 def test_search_finds_lists_and_says_how_to_go_on(run: Run, rm: RequestManager) -> None:
@@ -1036,6 +1089,19 @@ def test_inspect_shows_a_request_in_full_without_secrets(run: Run, rm: RequestMa
     assert json.loads(document)["tags"] == ["red"]
     assert "s3cr3t" not in text.output + document
     assert run("inspect", "never-seen").exit_code == 1
+
+
+def test_inspect_shows_how_each_attempt_ended(run: Run, rm: RequestManager) -> None:
+    key = rm.submit("/slow").key
+    for message, end in (("first", Lease.retry), ("second", Lease.fail)):
+        lease = take(rm)
+        try:
+            raise ValueError(message)
+        except ValueError as error:
+            end(lease, error)
+    lines = run("inspect", key).stdout
+    assert re.search("1 +retried +.*ValueError: first\n2 +failed +.*ValueError: second\n", lines)
+    assert lines.index("Traceback of attempt 1") < lines.index("Traceback of attempt 2")
 
 
 def test_claims_are_listed_and_released(run: Run, rm: RequestManager) -> None:

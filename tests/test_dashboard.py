@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ from servers import eventually
 from rqarm import BatchRequest, RequestManager, Result
 from rqarm.dashboard import Options, create_app, create_blueprint
 from rqarm.dashboard import stream as stream_module
+from rqarm.dashboard.security import Strikes
 from rqarm.dashboard.serve import serving
 from rqarm.dashboard.stream import Look
 from rqarm.errors import ConfigError
@@ -176,6 +178,59 @@ def test_further_names_are_answered_when_they_are_named(manager: RequestManager)
     assert client.get("/api/v1/", headers={"Host": "other.example"}).status_code == 421
     # who has no credentials learns nothing under any name
     assert browser(manager, token="t").get("/api/v1/", headers={"Host": "evil.example"}).status_code == 401
+
+
+def test_who_guesses_is_stopped(manager: RequestManager, caplog: pytest.LogCaptureFixture) -> None:
+    client = browser(manager, username="anna", password=PASSWORD, token="t0ken")
+    other = {"REMOTE_ADDR": "192.0.2.9"}
+    assert client.get("/").status_code == 401, "no credentials are no guess"
+    with caplog.at_level(logging.WARNING, "rqarm.dashboard"):
+        for n in range(Strikes.MOST):
+            path = "/readyz" if n == 0 else "/api/v1/"
+            assert client.get(path, headers=basic("anna", f"wrong{n}")).status_code == (200 if n == 0 else 401)
+    assert caplog.messages == ["wrong credentials from 127.0.0.1"] * Strikes.MOST
+    for headers in (basic("anna", "wrong"), basic("anna", PASSWORD), {"Authorization": "Bearer t0ken"}, {}):
+        answer = client.get("/api/v1/", headers=headers)
+        assert (answer.status_code, answer.json["error"]["status"]) == (429, 429)
+        assert 0 < int(answer.headers["Retry-After"]) <= Strikes.WINDOW_S
+    assert "version" not in client.get("/readyz", headers=basic("anna", PASSWORD)).json
+    assert client.get("/", headers=basic("anna", PASSWORD)).mimetype == "text/plain"
+    assert client.get("/api/v1/", headers=basic("anna", PASSWORD), environ_overrides=other).status_code == 200
+
+
+def test_strikes_are_forgotten_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Strikes, "ADDRESSES", 3)
+    now = [100.0]
+    strikes = Strikes(lambda: now[0])
+    for n in range(Strikes.MOST):
+        now[0] = 100.0 + n
+        strikes.add(f"2001:db8::{n}")
+    assert strikes.wait("2001:db8::ffff") == 100.0 + Strikes.WINDOW_S - now[0], "one network is one"
+    assert strikes.wait("2001:db8:0:1::1") == strikes.wait("unix") == 0
+    now[0] = 100.0 + Strikes.WINDOW_S
+    assert strikes.wait("2001:db8::1") == 0
+    for n in range(4):
+        strikes.add(f"192.0.2.{n}")
+    assert len(strikes._times) == 3
+
+
+@pytest.mark.parametrize(
+    ("trusted", "address"), [("", "127.0.0.1"), ("127.0.0.1", "192.0.2.7"), ("192.0.2.1", "127.0.0.1")]
+)
+def test_behind_a_proxy_that_is_trusted_the_log_names_who_asked(
+    manager: RequestManager, caplog: pytest.LogCaptureFixture, trusted: str, address: str
+) -> None:
+    with (
+        caplog.at_level(logging.INFO, "rqarm.dashboard"),
+        serving(create_app(manager, trusted_proxy=trusted, rq=False)) as url,
+    ):
+        asked = urllib.request.Request(
+            f"{url}api/v1/cache/clear-temporary", method="POST", headers={"X-Forwarded-For": "192.0.2.7"}
+        )
+        with urllib.request.urlopen(asked, timeout=PATIENCE) as answer:
+            assert json.load(answer)["outcome"] == "cleared"
+    noted = [record.getMessage() for record in caplog.records if record.name == "rqarm.dashboard"]
+    assert noted == [f"-@{address} clear_temporary temporary: cleared (0)"]
 
 
 # -- changes
@@ -481,7 +536,10 @@ def filled(manager: RequestManager) -> dict[str, str]:
     manager.submit(BatchRequest("/f?password=geheim", queue="q2"), payload={"to": HOSTILE, "password": "geheim"})
     lease = manager.queues.next_request(queue="q2")
     assert lease is not None
-    lease.fail(ValueError(f"{HOSTILE} at /f?password=geheim"))
+    try:
+        raise ValueError(f"{HOSTILE} at /f?password=geheim")
+    except ValueError as error:
+        lease.fail(error)
     keys["failed"] = lease.key
     manager.submit(BatchRequest("/r", queue="q3"))
     running = manager.queues.next_request(queue="q3")
@@ -529,6 +587,10 @@ def test_a_request_in_full(client: FlaskClient, manager: RequestManager, filled:
     assert told["status"]["error"]["type"] == "ValueError"
     assert "/f?password=***" in told["status"]["error"]["message"]
     assert [event["verb"] for event in told["timeline"]] == ["submit", "start", "fail"]
+    (attempt,) = told["attempts"]
+    assert (attempt["number"], attempt["outcome"]) == (1, "failed")
+    assert "/f?password=***" in attempt["error"]["message"]
+    assert "Traceback (most recent call last)" in attempt["error"]["traceback"]
     assert told["payloads"][0]["value"] == {"to": HOSTILE, "password": "***"}
     running = client.get(f"/requests/{filled['running']}").text
     assert "50.0%" in running
@@ -611,6 +673,40 @@ def test_notices_come_from_us_only(client: FlaskClient) -> None:
 # -- what can be done
 
 
+@pytest.mark.parametrize("body", ["{bad", "[]", "7", '{"exception": {"a": 1}}', '{"exception": null}', ""])
+def test_a_body_that_is_no_object_of_texts_is_refused(client: FlaskClient, body: str) -> None:
+    answer = client.post("/api/v1/quarantine/requeue", data=body, content_type="application/json")
+    assert (answer.status_code, answer.json["error"]["status"]) == (400, 400)
+    assert "a JSON object of texts and numbers is needed" in answer.json["error"]["message"]
+
+
+def test_a_body_that_is_too_large_is_refused_in_json(manager: RequestManager) -> None:
+    with serving(create_app(manager, rq=False)) as url:
+        asked = urllib.request.Request(f"{url}api/v1/cache/clear-route", data=b"x" * 100_000)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(asked, timeout=PATIENCE)
+        assert (refused.value.code, json.load(refused.value)["error"]["status"]) == (413, 413)
+
+
+def test_of_an_unknown_key_the_api_says_not_found(client: FlaskClient) -> None:
+    for path in ("requests/nobody", "requests/nobody/result"):
+        assert client.get(f"/api/v1/{path}").status_code == 404
+    for action in ("cancel", "resubmit", "forget", "release", "pin", "unpin"):
+        answer = client.post(f"/api/v1/requests/nobody/{action}")
+        assert (answer.status_code, "nobody" in answer.json["error"]["message"]) == (404, True), action
+    for action in ("requeue", "discard"):
+        assert client.post(f"/api/v1/quarantine/nobody/{action}").status_code == 404
+    assert client.post("/requests/nobody/forget").headers["Location"] == "/requests?done=unknown:0"
+
+
+def test_what_was_not_done_is_not_counted(client: FlaskClient, manager: RequestManager) -> None:
+    key = manager.cache.put("/done", 1)
+    for action in ("cancel", "release"):
+        answer = client.post(f"/api/v1/requests/{key}/{action}").json
+        assert (answer["outcome"] in ("ended", "not_running"), answer["count"]) == (True, 0)
+    assert client.post(f"/api/v1/requests/{key}/pin").json == {"outcome": "pinned", "target": key, "count": 1}
+
+
 def test_actions_on_a_request(client: FlaskClient, manager: RequestManager) -> None:
     key = manager.cache.put("/a", 1)
     api = f"/api/v1/requests/{key}"
@@ -660,7 +756,7 @@ def test_a_form_leads_back_to_our_pages_only(client: FlaskClient, manager: Reque
         assert answer.headers["Location"].startswith(f"/requests/{key}?done=")
     assert (
         client.post(f"/requests/{key}/cancel", data={"back": "requests"}).headers["Location"]
-        == "/requests?done=ended:1"
+        == "/requests?done=ended:0"
     )
 
 
@@ -872,6 +968,26 @@ def test_the_quarantine_by_exception(client: FlaskClient, manager: RequestManage
     answer = client.post("/quarantine/requeue", data={"exception": "ValueError"})
     assert answer.headers["Location"] == "/quarantine?done=requeued:1"
     assert manager.status(keys[2]).state == "pending"
+
+
+def test_the_quarantine_is_paged(client: FlaskClient, manager: RequestManager) -> None:
+    keys = set_aside(manager, *(f"/q/{n}" for n in range(7)))
+    seen, path = [], "/api/v1/quarantine?limit=3"
+    while path:
+        told = client.get(path).json
+        assert told["total"] == 7
+        seen += [entry["key"] for group in told["groups"] for entry in group["entries"]]
+        assert (told["shown"] <= 3, told["looked_at"]) == (True, len(seen))
+        path = told["cursor"] and f"/api/v1/quarantine?limit=3&cursor={quote(told['cursor'])}"
+    assert sorted(seen) == sorted(keys)
+
+    first = client.get("/quarantine?limit=3").text
+    assert "1 to 3 of 7" in first
+    link = re.search('rel="next" href="([^"]+)"', first)
+    assert link is not None
+    assert "4 to 7 of 7" in client.get(html.unescape(link[1])).text
+    assert "rel=" not in client.get("/quarantine").text.partition("<main")[2]
+    assert client.get("/api/v1/quarantine?cursor=nowhere").status_code == 400
 
 
 def set_aside(manager: RequestManager, *uris: str) -> list[str]:

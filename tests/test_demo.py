@@ -286,4 +286,4 @@ def test_an_interrupted_demo_leaves_nothing_behind(home: Path, number: signal.Si
     output = finish(process)
     assert process.returncode == code, output
     assert left(home) == []
-    assert not embedded.status(home).running
+    assert not embedded.status(home).running, output

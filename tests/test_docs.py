@@ -95,6 +95,13 @@ def test_the_table_of_exit_codes_is_that_of_the_command_line() -> None:
     assert shown == {0, common.FAILURE, common.USAGE, common.NOT_READY, common.NO_SERVER, common.INTERRUPTED}
 
 
+def test_the_modules_of_internals_exist() -> None:
+    for _, where in rows(text_of("internals.md"), "## Where a line belongs"):
+        for name in codes(where):
+            place = ROOT / "rqarm" / (name if name.endswith(".lua") else name.replace(".", "/"))
+            assert place.exists() or place.with_suffix(".py").exists(), name
+
+
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
@@ -324,3 +331,13 @@ def test_docker_copies_only_what_exists() -> None:
     assert copied
     assert [name for name in copied if not (ROOT / name).exists()] == []
     assert "\nUSER rqarm\n" in dockerfile
+
+
+# --- the ancestors ----------------------------------------------------------------------------------------------------
+
+
+def test_every_ability_of_the_ancestors_is_held_by_a_test_that_exists() -> None:
+    named = [codes(row[-1])[0] for row in rows(text_of("ancestors.md"), "## The ancestors")]
+    assert len(named) >= 29
+    there = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert [name for name in named if f"def {name}(" not in there] == []

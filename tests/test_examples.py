@@ -37,7 +37,7 @@ import result_url  # noqa: E402
 
 from rqarm import BatchRequest, Context, InvalidRequest, LeaseLost, NoHandler, RequestManager, Result  # noqa: E402
 from rqarm.rqjobs import queue_names  # noqa: E402
-from rqarm.worker import execution, load_handlers, use_handlers  # noqa: E402
+from rqarm.worker import equipment, load_handlers, use_handlers  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def browser(rm: RequestManager) -> Any:
 @pytest.fixture
 def work(redis_client: redis.Redis) -> Iterator[Callable[[], Any]]:
     """Runs what waits, in this process."""
-    process = execution.this_process()
+    process = equipment.of_this_process()
     before, process.handlers = process.handlers, None
     use_handlers(cities.handlers)
     worker = rq.SimpleWorker(queue_names("examples"), connection=redis_client, serializer=JSONSerializer)

@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from bench import Bench
 from redis.exceptions import OutOfMemoryError, ReadOnlyError
+from rq.exceptions import ShutDownImminentException
 from rq.registry import FailedJobRegistry
 from servers import eventually
 from workers import burst, own_signals, timed
@@ -31,8 +33,9 @@ from rqarm import (
     connect,
     flows,
 )
-from rqarm.calls import Attempt, Call, Command
+from rqarm.calls import Call, Command
 from rqarm.model import Key
+from rqarm.replies import Attempt
 from rqarm.shell import Shell
 from rqarm.worker import perform
 from rqarm.worker.limits import time_limit
@@ -177,6 +180,45 @@ def test_what_can_only_fail_again_fails_at_once_and_says_why(bench: Bench, uri: 
     assert bench.rm.connection.keys("arm:chunk:*") == []
 
 
+def test_handlers_that_raise_when_they_are_imported_fail_the_request(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = tmp_path / "explosive.py"
+    module.write_text("1 / 0")
+    monkeypatch.setenv("RQARM_HANDLERS", str(module))
+    key = bench.rm.submit("/x").key
+    burst(bench.rm.connection)
+    status = bench.rm.status(key)
+    assert status.state is State.FAILED
+    kind, message = error_of(status)
+    assert (kind, "explosive.py" in message, "ZeroDivisionError: division by zero" in message) == (
+        "ConfigError",
+        True,
+        True,
+    )
+
+
+def test_handlers_are_loaded_before_the_lease_begins(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    key = bench.rm.submit("/x").key
+    module, seen = tmp_path / "slow_to_load.py", tmp_path / "seen"
+    module.write_text(
+        f"""
+from pathlib import Path
+from rqarm import Handlers, RequestManager
+with RequestManager({bench.url!r}) as rm:
+    Path({str(seen)!r}).write_text(rm.status({key!r}).state)
+handlers = Handlers()
+handlers.fallback(lambda request, context: "done")
+"""
+    )
+    monkeypatch.setenv("RQARM_HANDLERS", str(module))
+    burst(bench.rm.connection)
+    assert seen.read_text() == "pending"
+    assert bench.rm.result(key) == "done"
+
+
 def test_handlers_that_cannot_be_loaded_fail_the_request_and_say_why(
     bench: Bench, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +229,51 @@ def test_handlers_that_cannot_be_loaded_fail_the_request_and_say_why(
     found, message = error_of(bench.rm.status(key))
     assert found == "ConfigError"
     assert "no_such_module" in message
+
+
+# -- shutdown of a worker that runs handlers in its own thread
+
+
+def second_signal() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    first = time.monotonic()
+    eventually(lambda: time.monotonic() - first > 1.1)  # RQ takes no notice of a second one within a second
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def dyno_ends() -> None:
+    raise ShutDownImminentException("shut down imminent", {})
+
+
+@pytest.mark.parametrize("ends", [second_signal, dyno_ends])
+def test_a_request_whose_worker_is_made_to_end_is_handed_back(bench: Bench, ends: Callable[[], None]) -> None:
+    def handler() -> str:
+        if bench.calls == 1:
+            ends()
+        return "done"
+
+    bench.route(handler)
+    status = bench.run()
+    if status.state is State.PENDING:  # the worker has stopped
+        assert (status.attempts, status.error) == (0, None)
+        assert FailedJobRegistry("arm", connection=bench.rm.connection).get_job_ids() == []
+        bench.work()
+    assert bench.rm.result(status.key) == "done"
+    assert bench.verbs() == ["submit", "start", "release", "start", "complete"]
+
+
+def test_the_traceback_of_a_handler_begins_with_the_handler(bench: Bench) -> None:
+    bench.route(lambda: 1 / 0)
+    error = bench.run().error
+    assert error is not None
+    frames = [line for line in error["traceback"].splitlines() if line.startswith("  File")]
+    assert "bench.py" in frames[0]
+    assert __file__ in frames[-1]
+    assert len(frames) == 2, "the bench and the lambda"
+    # what rqarm itself refuses has all of it
+    error = bench.run("/nobody").error
+    assert error is not None
+    assert "execution.py" in error["traceback"]
 
 
 # -- errors and retries

@@ -32,16 +32,16 @@ from rqarm import (
     State,
     UnpackableResult,
     WaitTimeout,
-    codec,
     embedded,
     following,
+    packing,
 )
-from rqarm.calls import NO_REQUEST, Attempt, Followed, Found
 from rqarm.cli import main
 from rqarm.config import Settings
 from rqarm.errors import EmissionTooLarge, LeaseLost
 from rqarm.flows import RECHECK, Core, Listen, Watch
 from rqarm.model import Key, Priority, Token
+from rqarm.replies import NO_REQUEST, Attempt, Followed, Found
 from rqarm.rqjobs import RqJobs
 from rqarm.worker.emitter import Emitter
 
@@ -402,11 +402,58 @@ def test_what_a_handler_cannot_emit_is_an_error_in_the_handler(team: Crew) -> No
     assert "the limit for one is 1048576" in answer
 
 
+# -- redirects
+
+
+def test_a_follower_of_an_alias_is_told_what_its_root_tells(
+    rm: Any, threads: managers.Threads, redis_client: redis.Redis
+) -> None:
+    alias = rm.submit("/alias").key
+    lease = take(rm)
+    lease.emit("mine")
+    heard: list[tuple[Any, ...]] = []
+    following = threads.start(followed, rm, alias, heard)
+    eventually(lambda: heard == [("emitted", "mine")])
+    lease.redirect("/root")
+    root = take(rm)
+    eventually(lambda: heard[1:] == [("restarted",)])
+    root.emit("of the root")
+    root.renew(0.5, "half")
+    eventually(lambda: heard[-1] == ("progress", 0.5, "half"))
+    root.finish("both")
+    assert following.result(PATIENCE)[2:] == [("emitted", "of the root"), ("progress", 0.5, "half"), ("result", "both")]
+    assert followed(rm, alias) == [("emitted", "of the root"), ("result", "both")]
+    (end,) = [event for event in rm.follow(alias) if event.is_end]
+    assert end.key == alias
+
+
+def test_a_follower_of_an_alias_is_told_the_end_of_the_alias(rm: Any, threads: managers.Threads) -> None:
+    failed, cancelled = rm.submit("/failed").key, rm.submit("/cancelled").key
+    for _ in range(2):
+        take(rm).redirect("/root")
+    root = take(rm)
+    assert rm.cancel(cancelled)
+    assert followed(rm, cancelled) == [("error", RequestCancelled)]
+    root.emit("in vain")
+    root.fail("no")
+    assert followed(rm, failed) == [("error", RequestFailed)]
+
+
+def test_a_chain_is_followed_to_where_it_leads(rm: Any, threads: managers.Threads, redis_client: redis.Redis) -> None:
+    first = rm.submit("/3").key
+    following = threads.start(followed, rm, first)
+    for n in (2, 1, 0):
+        listening(redis_client, first)
+        take(rm).redirect(f"/{n}")
+    take(rm).finish("bottom")
+    assert following.result(PATIENCE) == [("result", "bottom")]
+
+
 # -- driven by hand
 
 
 def looked(state: State, token: str = "7", first: int = 1, *values: Any) -> Followed:
-    packed = tuple(codec.pack(value) for value in values)
+    packed = tuple(packing.pack(value) for value in values)
     return Followed(Found(BatchStatus(Key("k"), state, attempts=1), None), token, first, packed)
 
 
@@ -418,11 +465,11 @@ def test_a_lost_wake_up_costs_a_look_every_few_seconds() -> None:
     assert flow.send(looked(State.IN_PROGRESS, "7", 1, "a")).item.value == "a"
     assert next(flow) == Listen(RECHECK)
     # nobody woke it: it looks after the dead, and reads again behind what it knows
-    assert flow.send(set()).argv[0] == "SET"
+    assert flow.send({}).argv[0] == "SET"
     assert flow.send(False).argv[2:] == ("7", 1)
     assert flow.send(looked(State.IN_PROGRESS, "7", 2, "b")).item.value == "b"
     assert next(flow) == Listen(RECHECK)
-    assert flow.send({Key("k:told")}).argv[2:] == ("7", 2)
+    assert flow.send({Key("k:told"): b""}).argv[2:] == ("7", 2)
 
 
 # -- the emitter

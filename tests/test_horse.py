@@ -25,15 +25,15 @@ from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.serializers import JSONSerializer
 from servers import eventually
-from workers import LEASE, TESTS, Crew, WorkerProcess, crew, is_alive, timed
+from workers import LEASE, PATIENCE, TESTS, Crew, WorkerProcess, crew, is_alive, timed
 
-from rqarm import BatchRequest, RequestFailed, RequestManager, State, Worker, connect, embedded
-from rqarm.calls import NO_REQUEST, Attempt
+from rqarm import BatchRequest, RequestFailed, RequestManager, State, Worker, connect, embedded, flows
 from rqarm.model import Key, Priority, Token
+from rqarm.replies import NO_REQUEST, Attempt, Taken
 from rqarm.rqjobs import queue_names
 from rqarm.worker import board as board_module
 from rqarm.worker.board import _PAGE, Board
-from rqarm.worker.horse import Horse
+from rqarm.worker.horse import Horse, Waiting
 
 HORSE_APP = TESTS / "horse_app.py"
 LANES = 20
@@ -278,6 +278,32 @@ def test_a_busy_worker_asks_the_server_once_for_each_request(home: embedded.Priv
     assert commands / 400 <= 60, "those inside the scripts too"
 
 
+@pytest.fixture
+def lonely(home: embedded.PrivateServer, tmp_path: Path) -> Iterator[Crew]:
+    """A crew on a server where nobody else blocks or asks."""
+    with servers.throwaway(home.binary) as server, crew(server.url, tmp_path, handlers=HORSE_APP) as hired:
+        yield hired
+
+
+def test_behind_an_idle_worker_the_start_comes_with_the_wake_up(lonely: Crew) -> None:
+    """Three scripts for a lone request: its submit, its start and its end. Nobody asks whether there is one."""
+    lonely.hire(lease=60)
+    assert lonely.rm.get("/add/0/1", timeout=20) == 1
+    before = costs(lonely.rm)
+    for n in range(1, 21):
+        since = list(lonely.rm.events("0", 0))[-1].id
+        key = lonely.rm.submit(f"/add/{n}/1").key
+        assert any((event.verb, event.key) == ("complete", key) for event in lonely.rm.events(since, 20))
+        waiting_for_work(lonely)
+    _, scripts, _ = (new - old for new, old in zip(costs(lonely.rm), before, strict=True))
+    assert scripts <= 20 * 3 + 3, "a sweep in between"
+
+
+def waiting_for_work(team: Crew) -> None:
+    """Each of the three lists has somebody who blocks on it."""
+    eventually(lambda: sum(entry["cmd"] == "blmove" for entry in team.rm.connection.client_list()) >= 3)  # type: ignore[union-attr]
+
+
 def costs(rm: RequestManager) -> list[int]:
     """Reads from sockets, scripts, commands."""
     calls = {name: entry["calls"] for name, entry in rm.connection.info("commandstats").items()}
@@ -304,6 +330,75 @@ def test_what_a_horse_took_but_never_began_is_handed_back_at_once(
         unharmed(team, idle)
         assert worker.lives
         assert {note.name for note in (team.directory / "notes").glob("-orphan-*")} == {"-orphan-a", "-orphan-b"}
+
+
+def test_what_a_horse_was_given_while_it_stood_still_outlives_it(lonely: Crew) -> None:
+    """The server starts what an idle horse has asked for before; the parent finds it without a sign of the horse."""
+    team, worker = lonely, lonely.hire(lease=60)
+    horse = int(team.rm.get("/pid/a", timeout=20))
+    waiting_for_work(team)
+    os.kill(horse, signal.SIGSTOP)
+    key = team.rm.submit("/add/3/4").key
+    team.reaches(key, State.IN_PROGRESS)
+    os.kill(horse, signal.SIGKILL)
+    unharmed(team, key)
+    assert worker.lives
+
+
+def test_what_an_idle_worker_has_asked_for_is_not_started_when_it_has_gone(team: Crew) -> None:
+    worker = team.hire(lease=60)
+    assert team.rm.get("/add/1/2", timeout=20) == 3
+    waiting_for_work(team)
+    worker.signal(signal.SIGTERM)
+    keys = [team.rm.submit(f"/add/{n}/2").key for n in range(20)]
+    worker.wait()
+    ended = [key for key in keys if team.rm.status(key).state is State.COMPLETED]
+    assert all(team.rm.status(key).state is State.PENDING for key in keys if key not in ended)
+    team.hire(lease=60)
+    for key in keys:
+        unharmed(team, key)
+
+
+@pytest.fixture
+def manager(home: embedded.PrivateServer) -> Iterator[RequestManager]:
+    with servers.throwaway(home.binary) as server, RequestManager(server.url, allow_volatile=True) as manager:
+        yield manager
+
+
+def test_of_two_lists_that_answer_the_one_counts_that_had_something(manager: RequestManager) -> None:
+    lists = manager.core.jobs.lists("arm")
+    waiting = Waiting(manager.shell, lists, 60.0)
+    take = manager.core.calls.take(lists, "x.1", "w", "w", 60_000, for_rq=True)
+    manager.shell.execute(take)  # the server has the script from here on
+    waiting.arm(take)
+    blocked = [entry["id"] for entry in manager.connection.client_list() if entry["cmd"] == "blmove"]  # type: ignore[union-attr]
+    assert len(blocked) == len(lists)
+    assert manager.connection.client_unblock(blocked[0])  # it finds nothing
+    key = manager.submit("/a").key
+    taken = waiting.wait(manager.connection.connection_pool.get_connection()._sock.fileno(), take)
+    assert isinstance(taken, Taken)
+    assert taken.attempt is not None
+    assert (taken.attempt.key, taken.list) == (key, lists[1])
+    waiting.close()
+
+
+def test_the_answer_to_an_earlier_take_is_not_that_of_the_next(manager: RequestManager) -> None:
+    lists = manager.core.jobs.lists("arm")
+    waiting = Waiting(manager.shell, lists, 60.0)
+    first, second = (manager.core.calls.take(lists, f"x.{n}", "w", "w", 60_000, for_rq=True) for n in (1, 2))
+    idle = manager.connection.connection_pool.get_connection()._sock.fileno()
+    manager.shell.execute(first)  # the server has the script from here on
+    manager.submit("/a")
+    taken = waiting.wait(idle, first)
+    assert isinstance(taken, Taken)
+    assert taken.attempt is not None
+    manager.shell.run(flows.finish(manager.core, taken.attempt, 1))
+    manager.submit(BatchRequest("/b", priority="high"))  # on whose list the first take still waits
+    taken = waiting.wait(idle, second)
+    assert isinstance(taken, Taken)
+    assert taken.attempt is not None
+    assert (taken.attempt.request.uri, taken.list) == ("/b", lists[0]), "the first has said that it is spent"
+    waiting.close()
 
 
 def test_what_cannot_be_read_and_is_lost_is_not_handed_back_for_ever(home: embedded.PrivateServer) -> None:
@@ -396,6 +491,23 @@ def test_an_idle_worker_ends_after_its_idle_time(team: Crew, concurrency: int) -
     worker = team.start("rqarm.Worker", "--max-idle-time", "1", concurrency=concurrency)
     assert team.rm.get("/add/1/2", timeout=20) == 3
     assert worker.wait(15) == 0
+
+
+def test_a_worker_is_idle_again_behind_a_failure(team: Crew) -> None:
+    worker = team.hire("rqarm.Worker")
+    team.settle(team.rm.submit("/fail/quick").key)
+    # a request that is shown as running, and one behind it, so that the parent has told its state since
+    busy = team.rm.submit("/wait/long").key
+    team.running("long")
+    eventually(lambda: team.state_of(worker) == b"busy", PATIENCE, "the worker is shown as busy")
+    failing = team.rm.submit("/fail/behind").key
+    team.let_go("long")
+    team.settle(busy, failing)
+    eventually(lambda: team.state_of(worker) == b"idle", PATIENCE, "the worker is shown as idle")
+    team.settle(team.rm.submit("/fail/alone").key)
+    heard = FailedJobRegistry(team.name, connection=team.rm.connection, serializer=JSONSerializer)
+    eventually(lambda: heard.count == 3, PATIENCE, "RQ hears of the failures")
+    assert team.state_of(worker) == b"idle"
 
 
 def test_rqs_pool_of_workers_runs_ours(team: Crew) -> None:
@@ -600,6 +712,14 @@ def test_what_was_taken_ahead_of_a_slow_request_goes_to_another_worker(team: Cre
 
 
 # -- many at a time
+
+
+def test_a_worker_whose_quick_request_has_failed_is_idle_for_rq_too(team: Crew) -> None:
+    worker = team.hire()
+    team.settle(team.rm.submit("/fail/1").key)
+    name = f"rq:worker:{worker.name}"
+    eventually(lambda: team.rm.connection.hget(name, "failed_job_count") == b"1", what="RQ is told of the failure")
+    assert team.state_of(worker) == b"idle"
 
 
 @pytest.fixture(scope="module")

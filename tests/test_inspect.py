@@ -14,18 +14,14 @@ import pytest
 import redis
 from drive import LEASE_MS, Rig, server_ms
 
-from rqarm import BatchRequest, RequestManager, RqarmError, browse, inspect
+from rqarm import BatchRequest, RequestManager, RqarmError, inspect
+from rqarm.browse import cached
 from rqarm.inspect import Histogram, Overview
 from rqarm.rqjobs import queue_names
 
 URI = "/cities/FR"
 #: as many notes are added up at a time; MOST_NOTED in lua/prelude.lua
 SETTLED = 100
-
-
-@pytest.fixture
-def rig(redis_client: redis.Redis) -> Rig:
-    return Rig(redis_client)
 
 
 def look(rig: Rig) -> Overview:
@@ -270,7 +266,7 @@ def test_bytes_are_told_by_kind_through_every_change(rig: Rig) -> None:
     assert (look(rig).cache.temporary_bytes, look(rig).cache.sticky_bytes) == (0, 2 * each)
     rig.ask(rig.calls.forget(temporary.key))
     assert (look(rig).cache.temporary_bytes, look(rig).cache.sticky_bytes) == (0, each)
-    rig.run(browse.clear(rig.core, None, None, temporary_only=False))
+    rig.run(cached.clear(rig.core, None, None, temporary_only=False))
     assert (look(rig).cache.bytes, look(rig).cache.sticky_bytes) == (0, 0)
     assert look(rig).removals == {"cleared": 2}
 

@@ -11,19 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import redis
 from audit import audit
 from drive import ERROR, LIMIT, Rig, server_ms
 
 from rqarm import flows
-from rqarm.calls import Attempt, Call, Found
+from rqarm.calls import Call
 from rqarm.model import Outcome, State
+from rqarm.replies import Attempt, Found
 from rqarm.request import BatchRequest
-
-
-@pytest.fixture
-def rig(redis_client: redis.Redis) -> Rig:
-    return Rig(redis_client)
 
 
 def submit(rig: Rig, *uris: str, **options: Any) -> None:

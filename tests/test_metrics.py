@@ -23,15 +23,10 @@ from test_inspect import look
 from workers import APP, PATIENCE
 
 from rqarm import BatchRequest, __version__, embedded, inspect, metrics
-from rqarm.inspect import Overview
+from rqarm.inspect import STATES, Overview
 
 ROOT = Path(__file__).parent.parent
 HANDLERS = ("--handlers", str(APP))
-
-
-@pytest.fixture
-def rig(redis_client: redis.Redis) -> Rig:
-    return Rig(redis_client)
 
 
 @pytest.fixture
@@ -70,9 +65,8 @@ def test_the_samples_are_the_numbers_of_the_overview(busy: Rig) -> None:
     families = parsed(metrics.render(found))
     submissions = values(families["rqarm_submissions"], "outcome")
     assert {word: count for word, count in submissions.items() if count} == found.submissions
-    assert values(families["rqarm_requests"], "state") == {
-        state: found.states[state] for state in ("pending", "in_progress", "completed", "quarantined")
-    }
+    assert values(families["rqarm_requests"], "state") == {state: found.states[state] for state in STATES}
+    assert (found.states["failed"], found.states["cancelled"]) == (1, 1)
     assert values(families["rqarm_cache_entries"], "kind") == {"temporary": 1, "sticky": 1}
     assert values(families["rqarm_queue_waiting"], "queue")['a"b\\c'] == 1
     assert families["rqarm_leases_overdue"].samples[0].value == 1

@@ -32,9 +32,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from rqarm import browse, connect, embedded, flows, inspect
-from rqarm.calls import Attempt, Call, Command, NextUp, Overdue, Ticket
+from rqarm import connect, embedded, flows, inspect
+from rqarm.browse import cached, claims, detail
+from rqarm.calls import Call, Command, NextUp, Ticket
 from rqarm.model import FollowUp, Key, Priority, State, Token
+from rqarm.replies import Attempt, Overdue
 from rqarm.request import BatchRequest
 
 EXAMPLES = int(os.environ.get("RQARM_EXPLORE", "0"))
@@ -53,6 +55,8 @@ URIS = tuple(f"/{n}" for n in range(3))
 MAX_ATTEMPTS = 2
 #: low for the same reason: what is kept of an attempt's emissions
 MOST_ITEMS, MOST_BYTES = 3, 7
+#: notes of failed attempts that a record holds; lua/prelude.lua has the same
+ATTEMPTS_KEPT = 10
 VERBS = ("renew", "emit", "admit", "complete", "fail", "retry", "release", "crash", "redirect", "redirect")
 
 uris = st.sampled_from(URIS)
@@ -77,6 +81,7 @@ class Record:
     attempts: int = 0
     retries: int = 0
     crashes: int = 0
+    tried: dict[int, tuple[int, str]] = field(default_factory=dict)  # attempts that failed: number and how, on a ring
     lapsed: bool = False
     delayed: bool = False
     reason: str = ""
@@ -92,6 +97,10 @@ class Record:
     traced: int = 0  # number of the attempt that has told its trace context last
     alias: str = ""  # the URI of the request that answers for this one
     redirected_by: int = 0
+
+    def note(self, how: str) -> None:
+        """The attempt in hand failed."""
+        self.tried[self.attempts % ATTEMPTS_KEPT] = self.attempts, how
 
     @property
     def is_led(self) -> bool:
@@ -322,6 +331,7 @@ class Machine(RuleBasedStateMachine):
 
     def died(self, uri: str, record: Record, job_id: str, *, delayed: bool) -> str:
         record.crashes += 1
+        record.note("crashed")
         if record.crashes >= MAX_ATTEMPTS:
             self.landed(record, "failed")
             record.reason, record.aside_by = "poison", job_id
@@ -437,6 +447,7 @@ class Machine(RuleBasedStateMachine):
         elif record.state == "in_progress" and record.lapsed:
             Watched.executions["crashed"] += 1
             record.crashes += 1
+            record.note("crashed")
             if record.crashes >= MAX_ATTEMPTS:
                 self.landed(record, "failed")
                 record.reason = "poison"
@@ -555,6 +566,8 @@ class Machine(RuleBasedStateMachine):
             del self.world.records[uri]
             self.world.payloads.pop(uri, None)
             assert self.rig.word(call) == "unknown"
+            # somebody else who looked at it, and wants it to run again
+            assert self.rig.word(self.rig.requeue(self.key(uri), old, self.rig.ticket(BatchRequest(uri)))) == "unknown"
 
     @precondition(lambda self: any(record.reason for record in self.world.records.values()))
     @rule(data=st.data(), what=st.sampled_from(["requeue", "discard"]))
@@ -597,7 +610,7 @@ class Machine(RuleBasedStateMachine):
             for uri, record in self.world.records.items()
             if record.state == "completed" and not (temporary_only and record.sticky)
         ]
-        assert self.rig.run(browse.clear(self.rig.core, None, None, temporary_only=temporary_only)) == len(gone)
+        assert self.rig.run(cached.clear(self.rig.core, None, None, temporary_only=temporary_only)) == len(gone)
         for uri in gone:
             assert self.world.records[uri].alias in ("", *gone)
         for uri in gone:
@@ -608,8 +621,8 @@ class Machine(RuleBasedStateMachine):
         record = self.world.records.get(uri)
         holder, holds = self.holder(uri), self.answers(uri)
         wanted = "unknown" if record is None else "retained" if holds else "no_result"
-        assert self.rig.word(browse.retain_call(self.rig.core, Key("nobody-has-it"), ttl)) == "unknown"
-        assert self.rig.word(browse.retain_call(self.rig.core, self.key(uri), ttl)) == wanted
+        assert self.rig.word(cached.retain_call(self.rig.core, Key("nobody-has-it"), ttl)) == "unknown"
+        assert self.rig.word(cached.retain_call(self.rig.core, self.key(uri), ttl)) == wanted
         if record is not None and holder is not None and holds:
             for each in [holder, *self.aliases(record.alias or uri, "completed")]:
                 each.sticky, each.retained = ttl is None, True
@@ -620,7 +633,7 @@ class Machine(RuleBasedStateMachine):
         if record is None:
             return
         runs = record.state == "in_progress"
-        assert self.rig.run(browse.release(self.rig.core, self.key(uri))) == runs
+        assert self.rig.run(claims.release(self.rig.core, self.key(uri))) == runs
         if runs:
             job_id = self.stored_job(uri)
             self.back_in_line(record, job_id)
@@ -887,6 +900,7 @@ class Machine(RuleBasedStateMachine):
         if holds:
             self.landed(record, "failed", negative=negative)
             record.negative, record.done_token, record.reason = negative, int(attempt.token), reason
+            record.note("failed")
             record.untold = {FollowUp.FAILURE, FollowUp.QUARANTINE} if reason else set()
             if up is not None:
                 record.untold.discard(FollowUp.FAILURE)
@@ -902,6 +916,7 @@ class Machine(RuleBasedStateMachine):
         if holds:
             self.back_in_line(record, ticket.job_id, delayed=delay > 0)
             record.retries += 1
+            record.note("retried")
             self.push(uri, ticket.job_id, record.priority, delayed=delay > 0)
             assert self.rig.word(call) == "already"
 
@@ -1100,6 +1115,9 @@ class Machine(RuleBasedStateMachine):
         assert stored.get("alias", "") == (self.key(record.alias) if record.alias else "")
         counts = [int(stored.get(name, 0)) for name in ("attempts", "crashes", "retries", "token")]
         assert counts == [record.attempts, record.crashes, record.retries, record.token]
+        shown = self.rig.ask(detail.inspect_call(self.rig.core, self.key(uri)))
+        noted = [(each.number, each.outcome) for each in shown.attempts if each.error is not None]
+        assert noted == sorted(record.tried.values())
         assert stored.get("quarantined", "") == record.reason
         if record.in_flight:
             assert int(stored["priority"]) == record.priority

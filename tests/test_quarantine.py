@@ -21,6 +21,7 @@ from workers import rq_cli
 from rqarm import (
     BatchRequest,
     ConfigError,
+    CorruptResult,
     InvalidRequest,
     Outcome,
     Quarantined,
@@ -30,11 +31,11 @@ from rqarm import (
     Retry,
     State,
     UnpackableResult,
-    codec,
+    packing,
 )
-from rqarm.calls import QuarantineEntry
-from rqarm.handlers import Route
 from rqarm.model import BLOCKING
+from rqarm.replies import QuarantineEntry
+from rqarm.routes import Route
 
 URI = "/slow"
 
@@ -108,7 +109,7 @@ def test_the_list_is_newest_first_and_chosen_by_route_error_reason_and_limit(
     keys = [aside(rm, f"/page/{n}", TimeoutError("late") if n % 2 else LookupError("none")) for n in range(5)]
     for n, key in enumerate(keys):
         redis_client.zadd("arm:quarantine", {key: 1_000 + n})
-    named = aside(rm, "/other", codec.CorruptResult("bad"))
+    named = aside(rm, "/other", CorruptResult("bad"))
     redis_client.zadd("arm:quarantine", {named: 2_000})
     newest = [named, *keys[::-1]]
     listed = rm.quarantine.list
@@ -117,7 +118,7 @@ def test_the_list_is_newest_first_and_chosen_by_route_error_reason_and_limit(
     assert keys_of(listed(exception="TimeoutError")) == [keys[3], keys[1]]
     assert keys_of(listed(exception=TimeoutError, limit=1)) == [keys[3]]
     assert keys_of(listed(exception="CorruptResult")) == keys_of(listed(exception="rqarm.errors.CorruptResult"))
-    assert keys_of(listed(exception=codec.CorruptResult)) == [named]
+    assert keys_of(listed(exception=CorruptResult)) == [named]
     assert keys_of(listed(route="/page/{n:int}")) == newest[1:], "a lease knows no routes; the template tells"
     assert keys_of(listed(route="/page/{n:int}", exception="LookupError")) == [keys[4], keys[2], keys[0]]
     assert keys_of(listed(reason="asked")) == newest
@@ -131,6 +132,26 @@ def test_a_list_is_read_a_hundred_in_a_round_trip(rm: Any, monkeypatch: pytest.M
     with managers.round_trips(monkeypatch) as sent:
         assert len(list(rm.quarantine.list())) == 120
     assert len(sent) == 3
+
+
+def test_a_page_is_two_round_trips_and_its_cursor_leads_to_the_next(
+    rm: Any, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (rm.quarantine.page().entries, rm.quarantine.page().cursor) == ((), "")
+    keys = [aside(rm, f"/page/{n}") for n in range(5)]
+    for n, key in enumerate(keys):
+        redis_client.zadd("arm:quarantine", {key: 1_000 + n})
+    with managers.round_trips(monkeypatch) as sent:
+        first = rm.quarantine.page(limit=2)
+    assert len(sent) == 2
+    assert (keys_of(first.entries), first.looked_at, first.total) == ([keys[4], keys[3]], 2, 5)
+    rm.quarantine.discard(keys[3])
+    second = rm.quarantine.page(cursor=first.cursor, limit=2)
+    assert keys_of(second.entries) == [keys[2], keys[1]], "what goes meanwhile leaves nothing out"
+    last = rm.quarantine.page(cursor=second.cursor, limit=2)
+    assert (keys_of(last.entries), last.cursor) == ([keys[0]], "")
+    with pytest.raises(InvalidRequest, match="limit"):
+        rm.quarantine.page(limit=501)
 
 
 def test_a_list_is_not_upset_by_what_moves_meanwhile(rm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +279,7 @@ def test_a_full_quarantine_loses_its_oldest_but_no_killer(rm: Any, url: str, mon
     for n in range(4):
         failed.append(rm.submit(f"/{n}").key)
         attempt = take(rm)._attempt
-        error = codec.pack_error("E", "m", "")
+        error = packing.pack_error("E", "m", "")
         with RequestManager(url) as other:
             other.shell.execute(
                 other.core.calls.fail(attempt, error, failure_ttl_ms=1, negative_ms=0, reason="exhausted")
@@ -277,7 +298,7 @@ def test_a_failure_without_reason_is_a_plain_one(rm: Any, redis_client: redis.Re
 def test_info_that_cannot_be_stored_leaves_the_lease(rm: Any) -> None:
     rm.submit(URI)
     lease = take(rm)
-    for wrong in object(), b"x" * (codec.MAX_ARGUMENTS_BYTES + 1):
+    for wrong in object(), b"x" * (packing.MAX_ARGUMENTS_BYTES + 1):
         with pytest.raises(UnpackableResult, match="info"):
             lease.fail("no", quarantine=True, wrong=wrong)
         with pytest.raises(UnpackableResult, match="wrong"):
@@ -287,7 +308,7 @@ def test_info_that_cannot_be_stored_leaves_the_lease(rm: Any) -> None:
 
 def test_a_payload_that_is_too_large_is_refused_and_nothing_is_sent(rm: Any, redis_client: redis.Redis) -> None:
     with pytest.raises(UnpackableResult, match="1048576"):
-        rm.submit(URI, payload=b"x" * (codec.MAX_ARGUMENTS_BYTES + 1))
+        rm.submit(URI, payload=b"x" * (packing.MAX_ARGUMENTS_BYTES + 1))
     assert redis_client.keys("arm:status:*") == []
 
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,16 @@ from rqarm import (
     RequestFailed,
     ResultNotReady,
     State,
-    browse,
     connect,
     embedded,
     flows,
     redirects,
 )
-from rqarm.calls import Attempt
+from rqarm.browse import cached
 from rqarm.context import Redirected
-from rqarm.errors import LeaseLost, RedirectLoop
+from rqarm.errors import AliasesFull, LeaseLost, RedirectLoop, Refused
 from rqarm.model import Key, Outcome, Priority
+from rqarm.replies import Attempt
 
 APP = Path(__file__).parent / "redirect_app.py"
 LARGE = os.urandom(300_000)
@@ -120,7 +121,7 @@ def test_every_uri_of_a_chain_is_woken_once(rig: Rig, how: str) -> None:
         rig.ask(rig.complete(attempts["C"]) if how == "complete" else rig.put(BatchRequest("/C"), "owner"))
         heard = [pubsub.get_message(timeout=5) for _ in "ABC"]
         assert sorted(message["channel"].decode() for message in heard) == sorted(f"arm:done:{key(n)}" for n in "ABC")
-        assert {message["data"] for message in heard} == {b"completed"}
+        assert {message["data"].partition(b":")[0] for message in heard} == {b"completed"}
         assert pubsub.get_message(timeout=0.1) is None
 
 
@@ -247,7 +248,7 @@ def test_sticky_for_one_is_sticky_for_all(rig: Rig, who: str) -> None:
         assert rig.word(rig.submit(BatchRequest("/A", sticky=True))) == "hit"
     assert {rig.client.ttl(rig.keys.status(key(name))) for name in "ABC"} == {-1}
     assert {rig.record(key(name))["sticky"] for name in "ABC"} == {"1"}
-    assert rig.run(browse.clear(rig.core, None, None, temporary_only=True)) == 0
+    assert rig.run(cached.clear(rig.core, None, None, temporary_only=True)) == 0
 
 
 @pytest.mark.parametrize("name", ["A", "B", "C"])
@@ -297,7 +298,7 @@ def test_forget_of_a_root_drops_its_aliases_and_of_an_alias_only_that(rig: Rig) 
 def test_with_the_result_of_the_root_its_aliases_are_gone(rig: Rig, how: str) -> None:
     rig.ask(rig.complete(link(rig, "A>B>C")["C"]))
     if how in ("clear", "clear_temporary"):
-        assert rig.run(browse.clear(rig.core, None, None, temporary_only=how != "clear")) == 3
+        assert rig.run(cached.clear(rig.core, None, None, temporary_only=how != "clear")) == 3
     else:
         rig.ask(rig.submit(BatchRequest("/C"), again=True) if how == "resubmit" else rig.put(BatchRequest("/C"), "x"))
     assert states(rig, "AB") == {State.UNKNOWN}
@@ -325,7 +326,7 @@ def test_an_evicted_set_of_aliases_costs_nothing_but_the_upgrade(rig: Rig) -> No
 def test_a_set_that_was_to_expire_does_not_when_somebody_in_flight_enters_it(rig: Rig) -> None:
     rig.ask(rig.complete(link(rig, "A>B")["B"]))
     rig.client.delete(rig.keys.status(key("B")))
-    rig.run(browse.clear(rig.core, None, None, temporary_only=False))
+    rig.run(cached.clear(rig.core, None, None, temporary_only=False))
     rig.client.sadd(rig.named("aliases", key=key("B")), key("A"))
     rig.client.expire(rig.named("aliases", key=key("B")), 1_000)
     root = begin(rig, "/B")
@@ -333,6 +334,16 @@ def test_a_set_that_was_to_expire_does_not_when_somebody_in_flight_enters_it(rig
     assert rig.client.ttl(rig.named("aliases", key=root.key)) == -1
     rig.ask(rig.complete(root, "new"))
     assert value_of(rig, "C") == "new"
+
+
+def test_a_put_that_is_said_twice_keeps_the_aliases_of_its_request(rig: Rig) -> None:
+    begin(rig, "/root")
+    rig.ask(rig.redirect(begin(rig, "/alias"), BatchRequest("/root").key))
+    put = rig.put(BatchRequest("/root"), "owner")
+    assert [rig.word(put), rig.word(put)] == ["stored", "stored"]
+    audit(rig.client, rig.keys)
+    rig.ask(rig.calls.forget(BatchRequest("/root").key))
+    assert rig.state(BatchRequest("/alias").key) is State.UNKNOWN
 
 
 def test_a_result_put_for_an_alias_is_its_own(rig: Rig) -> None:
@@ -360,7 +371,7 @@ def end_unseen(rig: Rig) -> None:
     rig.client.hset(rig.keys.status(key("B")), "state", "failed")
     rig.client.hdel(rig.keys.status(key("B")), "token", "exec", "lease_until")
     rig.client.zrem(rig.named("leases"), key("B"))
-    rig.client.zadd(rig.named("failures"), {key("B"): 1})
+    rig.client.zadd(rig.named("ended", state="failed"), {key("B"): 1})
     rig.client.delete(rig.named("aliases", key=key("B")))
 
 
@@ -478,7 +489,7 @@ def test_a_lease_survives_a_redirect_that_is_refused(kind: str, url: str, redis_
         rm.submit("/A")
         lease = rm.queues.next_request()
         rm.submit("/other")
-        with pytest.raises(flows.Refused):
+        with pytest.raises(Refused):
             lease.redirect("/B")
         with pytest.raises(RedirectLoop):
             lease.redirect("/A")
@@ -635,6 +646,55 @@ def test_a_target_that_is_refused_is_tried_again_later(bench: Bench, monkeypatch
     assert status.error is not None
     assert "max_pending" in status.error["message"]
     assert bench.rm.status(key("B")).state is State.UNKNOWN
+
+
+@contextmanager
+def nearly_full(client: redis.Redis, uri: str) -> Iterator[None]:
+    """Room for two more aliases; those that are there already are as real as they must be for this."""
+    root = str(BatchRequest(uri).key)
+    names = [f"alias-{n}" for n in range(998)]
+    with client.pipeline() as pipeline:
+        pipeline.sadd(f"arm:aliases:{root}", *names)
+        for name in names:
+            pipeline.hset(f"arm:status:{name}", mapping={"state": "completed", "alias": root})
+        pipeline.execute()
+    yield
+    client.srem(f"arm:aliases:{root}", *names)
+    client.delete(*(f"arm:status:{name}" for name in names))
+
+
+def test_who_finds_too_many_aliases_gets_a_copy_of_the_result(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redirects, "REFUSED_DELAY", 0.0)
+
+    @bench.handlers.route("/alias/{n:int}")
+    def alias(request: BatchRequest, context: Context, n: int) -> Any:
+        raise context.redirect("/root")
+
+    bench.route(lambda: "the result", "/root")
+    keys = [bench.rm.submit(f"/alias/{n}").key for n in range(4)]
+    with nearly_full(bench.rm.connection, "/root"):
+        bench.work()
+    statuses = [bench.rm.status(each) for each in keys]
+    assert [bench.rm.result(each) for each in keys] == ["the result"] * 4
+    root = BatchRequest("/root").key
+    assert [status.redirect for status in statuses] == [root, root, None, None]
+    assert bench.calls == 1
+    bench.rm.forget(root)
+    assert [bench.rm.status(each).state for each in keys] == [State.UNKNOWN] * 2 + [State.COMPLETED] * 2
+
+
+def test_a_lease_that_finds_too_many_aliases_stays(rig: Rig) -> None:
+    first, second, late, ahead = (begin(rig, uri) for uri in ("/1", "/2", "/late", "/ahead"))
+    with nearly_full(rig.client, "/root"):
+        for attempt in (first, second):
+            assert rig.run(redirects.redirected(rig.core, attempt, "/root")) is State.PENDING
+        with pytest.raises(AliasesFull, match="too many aliases"):
+            rig.run(redirects.redirected(rig.core, late, "/root"))
+    assert rig.state(late.key) is State.IN_PROGRESS
+    # who leads to it comes along
+    assert rig.run(redirects.redirected(rig.core, ahead, "/late")) is State.PENDING
+    assert rig.run(redirects.redirected(rig.core, late, "/other")) is State.PENDING
+    assert rig.client.scard(rig.named("aliases", key=BatchRequest("/other").key)) == 2
 
 
 def test_a_redirect_by_a_lost_attempt_changes_nothing(bench: Bench) -> None:
@@ -844,7 +904,7 @@ def test_the_callback_of_the_target_has_the_payloads_of_those_who_lead_to_it(ben
 def test_an_operator_keeps_or_ends_the_result_of_a_root_through_its_alias(rig: Rig, seconds: float | None) -> None:
     attempts = link(rig, "A>B")
     rig.reply(rig.complete(attempts["B"]))
-    assert rig.word(browse.retain_call(rig.core, key("A"), seconds)) == "retained"
+    assert rig.word(cached.retain_call(rig.core, key("A"), seconds)) == "retained"
     ends = {rig.client.pexpiretime(rig.keys.status(key(name))) for name in "AB"}
     assert len(ends) == 1
     assert (ends == {-1}) == (seconds is None)

@@ -26,7 +26,8 @@ from workers import burst, rq_cli
 from rqarm import BatchRequest, Handlers, RequestFailed, RequestManager, RqarmError, State, flows
 from rqarm.model import Key, Priority
 from rqarm.rqjobs import DESCRIPTION_BYTES, GRACE, PERFORM, RESULT_TTL, RqJobs, key_of
-from rqarm.worker import execution, use_handlers
+from rqarm.worker import equipment, use_handlers
+from rqarm.worker.equipment import Equipment
 
 URI = "/cities/FR?min=1"
 #: fields of RQ's job whose values are times
@@ -36,7 +37,7 @@ TIMES = (b"created_at", b"enqueued_at")
 @pytest.fixture
 def rm(redis_client: redis.Redis, url: str, monkeypatch: pytest.MonkeyPatch):
     """A manager whose requests this process runs: numbers are added, everything else fails."""
-    monkeypatch.setattr(execution, "_process", execution._Process(os.getpid(), None, {}))
+    monkeypatch.setattr(equipment, "_equipment", Equipment())
     monkeypatch.setenv("RQARM_LEASE", "0.2")
     handlers = Handlers()
     runs: list[str] = []

@@ -1,6 +1,6 @@
 """The scripts as text: a reader may trust each header, and rules that can be seen without a server are kept.
 
-No server here. What the scripts do is in test_transitions.py.
+No server here. What the scripts do is in test_transitions.py and the files beside it that use transitions.py.
 """
 
 from __future__ import annotations

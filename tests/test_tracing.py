@@ -24,7 +24,8 @@ from opentelemetry.trace import NoOpTracerProvider, SpanKind, StatusCode, TraceS
 from workers import CLASSES, TESTS, burst, crew
 
 from rqarm import BatchRequest, BulkError, Context, Handlers, KeyConflict, RequestManager, Retry, tracing
-from rqarm.worker import execution, use_handlers
+from rqarm.worker import equipment, use_handlers
+from rqarm.worker.equipment import Equipment
 
 TRACE_APP = TESTS / "trace_app.py"
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -69,10 +70,10 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Spans:
 
 @pytest.fixture
 def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Handlers]:
-    monkeypatch.setattr(execution, "_process", execution._Process(os.getpid(), None, {}))
+    monkeypatch.setattr(equipment, "_equipment", Equipment())
     made = Handlers()
     yield made
-    runner = execution.this_process().runner
+    runner = equipment.of_this_process().runner
     if runner is not None:
         runner.close()
 

@@ -25,7 +25,7 @@ from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
-from servers import eventually
+from servers import connections, eventually
 from workers import CLASSES, LEASE, TESTS, Crew, burst, crew, is_alive, timed
 
 from rqarm import (
@@ -44,7 +44,8 @@ from rqarm import (
 from rqarm.calls import Call
 from rqarm.rqjobs import PERFORM
 from rqarm.shell import Shell
-from rqarm.worker import execution, rqworker, use_handlers
+from rqarm.worker import equipment, rqworker, use_handlers
+from rqarm.worker.equipment import Equipment
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # RQ forks beside its pub/sub thread
 
@@ -373,7 +374,7 @@ def test_foreign_data_under_our_keys_or_rqs_does_not_end_the_worker(team: Crew) 
 @pytest.fixture
 def rm(redis_client: redis.Redis, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[RequestManager]:
     """A manager whose requests an rqarm.Worker of this process runs, in horses."""
-    monkeypatch.setattr(execution, "_process", execution._Process(os.getpid(), None, {}))
+    monkeypatch.setattr(equipment, "_equipment", Equipment())
     monkeypatch.setattr(rqworker, "pause_after", lambda _: 0.05)
     monkeypatch.setattr(rqworker, "DEAF", 0.05)
     monkeypatch.setenv("RQARM_LEASE", "1.5")
@@ -415,6 +416,14 @@ def test_a_refused_transition_of_the_parent_is_sent_again(
     assert (left, status.state, status.attempts) == ([], State.PENDING, 1)
     assert status.error is not None
     assert "exited with code 7" in status.error["message"]
+
+
+def test_a_worker_that_ends_gives_its_connections_back(rm: RequestManager, url: str, redis_client: redis.Redis) -> None:
+    key = rm.submit("/die").key
+    before = connections(redis_client)
+    work(url)
+    assert rm.status(key).attempts == 1
+    eventually(lambda: connections(redis_client) <= before)
 
 
 def test_a_job_that_rq_cannot_note_goes_back_to_its_queue(rm: RequestManager, url: str) -> None:
@@ -472,7 +481,7 @@ def test_stopping_a_horse_that_is_not_there_stops_nobody(rm: RequestManager, url
 def test_handlers_that_cannot_be_loaded_are_an_error_of_the_operator(
     rm: RequestManager, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execution, "_process", execution._Process(os.getpid(), None, {}))
+    monkeypatch.setattr(equipment, "_equipment", Equipment())
     monkeypatch.setenv("RQARM_HANDLERS", "no_such_module")
     with pytest.raises(ConfigError, match="no_such_module"):
         work(url)

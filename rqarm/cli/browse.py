@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
-from rqarm.browse import QUARANTINED, RequestDetail
+from rqarm.browse.attempts import AttemptView
+from rqarm.browse.detail import RequestDetail
+from rqarm.browse.search import LONGEST_PAGE, QUARANTINED
 from rqarm.cli.common import (
     FAILURE,
     Target,
     as_json,
     complain,
     document_of,
-    duration,
+    each_key,
     key_of,
+    keys_argument,
     on_server,
-    plain,
     print_json,
     print_pairs,
+    print_statuses,
     print_table,
+    queue_option,
     shown_uri,
+    shown_with_status,
     since,
-    size,
 )
-from rqarm.cli.requests import each_key, keys_argument, print_statuses, queue_option
 from rqarm.config import Settings
 from rqarm.manager import RequestManager
 from rqarm.model import Key, State
+from rqarm.text import duration, plain, size
 
 STATES = [*(str(state) for state in State if state is not State.UNKNOWN), QUARANTINED]
+
+page_limit = click.option(
+    "--limit", type=click.IntRange(1, LONGEST_PAGE), default=50, show_default=True, help="So many at the most."
+)
 
 
 @click.command()
@@ -39,7 +48,7 @@ STATES = [*(str(state) for state in State if state is not State.UNKNOWN), QUARAN
 @click.option("--route", metavar="ROUTE", help="Of an operation, or a path as it begins: /cities or host/v1/{table}.")
 @click.option("--tag", metavar="TAG", help="With this tag only.")
 @queue_option
-@click.option("--limit", type=click.IntRange(1, 500), default=50, show_default=True, help="So many at the most.")
+@page_limit
 @click.option("--cursor", default="", metavar="CURSOR", help="Go on where a search before ended.")
 @as_json
 def search(target: Target, text: str, cursor: str, limit: int, is_json: bool, **filters: str | None) -> None:
@@ -89,11 +98,36 @@ def _print_detail(detail: RequestDetail, settings: Settings) -> None:
     if detail.timeline:
         click.echo("\nEvents that are still kept:")
         print_table(("ID", "VERB", "STATE"), [(event.id, event.verb, event.state) for event in detail.timeline])
+    if len(detail.attempts) > 1:
+        click.echo("\nAttempts, of which the newest ten that failed are kept:")
+        print_table(_ATTEMPT_HEADS, [_attempt_row(each) for each in detail.attempts])
     if detail.payloads:
         click.echo(f"\nPayloads ({detail.payload_count}):")
         print_table(("ID", "SIZE"), [(payload.id, size(payload.size)) for payload in detail.payloads])
-    if detail.status.error and detail.status.error.get("traceback"):
-        click.echo("\n" + plain(str(detail.status.error["traceback"]).rstrip(), keep="\n\t"))
+    _print_tracebacks(detail)
+
+
+_ATTEMPT_HEADS = ("NO", "OUTCOME", "WORKER", "STARTED", "RAN", "ERROR")
+
+
+def _attempt_row(attempt: AttemptView) -> tuple[str, ...]:
+    return (
+        str(attempt.number),
+        attempt.outcome,
+        attempt.worker,
+        f"{attempt.started:%Y-%m-%d %H:%M:%S}" if attempt.started else "",
+        duration(attempt.ran) if attempt.ran is not None else "",
+        f"{attempt.error['type']}: {attempt.error['message']}" if attempt.error else "",
+    )
+
+
+def _print_tracebacks(detail: RequestDetail) -> None:
+    """Of each attempt, the last one at the end; else of a failure that no attempt tells."""
+    told: list[tuple[str, dict[str, Any] | None]]
+    told = [(f"Traceback of attempt {each.number}:\n", each.error) for each in detail.attempts if each.error]
+    for title, error in told or [("", detail.status.error)]:
+        if error and error.get("traceback"):
+            click.echo("\n" + title + plain(str(error["traceback"]).rstrip(), keep="\n\t"))
 
 
 def _pairs(detail: RequestDetail, settings: Settings) -> Iterator[tuple[str, object]]:
@@ -140,14 +174,14 @@ def _pairs(detail: RequestDetail, settings: Settings) -> Iterator[tuple[str, obj
 
 @click.command()
 @on_server
-@click.option("--limit", type=click.IntRange(1, 500), default=50, show_default=True, help="So many at the most.")
+@page_limit
 @as_json
 def claims(target: Target, limit: int, is_json: bool) -> None:
     """List what runs: holder, lease, last sign of life."""
     with target.manager() as rm:
         page = rm.claims(limit=limit)
         if is_json:
-            shown = [{**claim.to_dict(), "status": document_of(claim.status, rm.settings)} for claim in page.entries]
+            shown = [shown_with_status(claim, rm.settings) for claim in page.entries]
             print_json({**page.to_dict(), "entries": shown})
             return
         rows = [
@@ -201,12 +235,13 @@ def workers(target: Target, is_json: bool) -> None:
             str(worker.succeeded),
             str(worker.failed),
             duration(worker.heartbeat_age) if worker.heartbeat_age is not None else "",
+            worker.rqarm_version or "-",
             worker.version,
             ",".join(worker.queues),
             " ".join(worker.keys),
         )
         for worker in seen.entries
     ]
-    print_table(("NAME", "STATE", "OK", "FAILED", "HEARTBEAT", "RQ", "QUEUES", "RUNS"), rows)
+    print_table(("NAME", "STATE", "OK", "FAILED", "HEARTBEAT", "RQARM", "RQ", "QUEUES", "RUNS"), rows)
     if seen.suspended:
         complain("`rq suspend` holds all workers; `rq resume` lets them go on")

@@ -8,24 +8,26 @@ import sys
 import click
 
 from rqarm import metrics
-from rqarm.browse import Range
+from rqarm.browse.cached import Range
 from rqarm.cli.common import (
     FAILURE,
     Target,
     as_json,
     complain,
-    document_of,
-    duration,
+    each_key,
     is_terminal,
     key_of,
+    keys_argument,
+    limit_option,
     on_server,
     print_json,
     print_pairs,
+    print_statuses,
     print_table,
     shown_uri,
-    size,
+    shown_with_status,
 )
-from rqarm.cli.requests import each_key, keys_argument, print_statuses
+from rqarm.text import duration, size
 
 
 @click.group()
@@ -35,7 +37,7 @@ def cache() -> None:
 
 @cache.command("ls")
 @on_server
-@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="So many at the most.")
+@limit_option
 @as_json
 def list_cached(target: Target, limit: int, is_json: bool) -> None:
     """List the cached results, soonest to expire first, sticky ones last."""
@@ -149,7 +151,7 @@ def overview(target: Target, sample: int, is_json: bool) -> None:
     """Say what fills the cache: times to live, ages, routes, the largest."""
     with target.manager() as rm:
         seen = rm.cache.overview(sample=sample)
-        largest = [{**entry.to_dict(), "status": document_of(entry.status, rm.settings)} for entry in seen.largest]
+        largest = [shown_with_status(entry, rm.settings) for entry in seen.largest]
         rows = [(size(entry.size), entry.status.key, shown_uri(entry.status, rm.settings)) for entry in seen.largest]
     if is_json:
         print_json({**seen.to_dict(), "largest": largest})

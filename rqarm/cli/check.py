@@ -21,12 +21,13 @@ import click
 import redis
 
 from rqarm import connect, rqjobs
-from rqarm.calls import Stats
-from rqarm.cli.common import FAILURE, NO_SERVER, Target, as_json, logged, on_server, plain, print_json, size
+from rqarm.cli.common import FAILURE, NO_SERVER, Target, as_json, logged, on_server, print_json
 from rqarm.errors import RqarmError, ServerUnsuitable
 from rqarm.keys import PATTERNS
 from rqarm.manager import RequestManager
 from rqarm.model import Outcome
+from rqarm.replies import Stats
+from rqarm.text import plain, size
 
 #: part of maxmemory from which on it is worth a word
 NEARLY_FULL = 0.9

@@ -20,17 +20,15 @@ from typing import Any, TypeVar
 import click
 import redis
 
+from rqarm.browse.claims import Claim
+from rqarm.browse.search import CacheEntry
 from rqarm.config import Settings
 from rqarm.embedded import EmbeddedError
 from rqarm.errors import ConfigError, InvalidRequest, ResultNotReady, RqarmError
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, Key, State
 from rqarm.request import BatchRequest
-from rqarm.text import SUSPECT, is_unsafe
-from rqarm.text import duration as duration
-from rqarm.text import jsonable as jsonable
-from rqarm.text import plain as plain
-from rqarm.text import size as size
+from rqarm.text import SUSPECT, duration, is_unsafe, jsonable, plain
 from rqarm.uri import check_key, redact
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -92,6 +90,11 @@ def on_server(command: F) -> F:
 
 
 as_json = click.option("--json", "is_json", is_flag=True, help="Print one JSON document.")
+limit_option = click.option(
+    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="So many at the most."
+)
+queue_option = click.option("-q", "--queue", metavar="QUEUE", help="The queue; RQARM_QUEUE, else arm.")
+keys_argument = click.argument("keys", nargs=-1, required=True, metavar="KEY...")
 
 
 def key_of(text: str, settings: Settings) -> Key:
@@ -240,8 +243,48 @@ def document_of(status: BatchStatus, settings: Settings) -> dict[str, Any]:
     return {**status.to_dict(), "uri": shown_uri(status, settings)}
 
 
+def shown_with_status(view: CacheEntry | Claim, settings: Settings) -> dict[str, Any]:
+    """What stands beside a status, and the status for ``--json``."""
+    return {**view.to_dict(), "status": document_of(view.status, settings)}
+
+
 def since(moment: datetime.datetime | None) -> str:
     """How long ago; "" when it never happened."""
     if moment is None:
         return ""
     return duration((datetime.datetime.now(datetime.UTC) - moment).total_seconds())
+
+
+def print_statuses(listed: list[BatchStatus], settings: Settings, is_json: bool) -> None:
+    """A table, or a list for ``--json``."""
+    if is_json:
+        print_json([document_of(found, settings) for found in listed])
+        return
+    rows = [
+        (
+            found.key,
+            str(found.state),
+            found.queue,
+            since(found.ended or found.started or found.submitted),
+            str(found.attempts),
+            shown_uri(found, settings),
+        )
+        for found in listed
+    ]
+    print_table(("KEY", "STATE", "QUEUE", "SINCE", "ATTEMPTS", "URI"), rows)
+
+
+def each_key(target: Target, keys: tuple[str, ...], do: Callable[[RequestManager, Key], tuple[int, str]]) -> int:
+    """Do it with every key, whatever becomes of the others; the worst exit code."""
+    worst = 0
+    with target.manager() as rm:
+        for name in [key_of(text, rm.settings) for text in keys]:
+            try:
+                code, word = do(rm, name)
+                click.echo(f"{name} {word}")
+            except RqarmError as error:
+                if exit_code(error) not in (FAILURE, NOT_READY):
+                    raise
+                code = tell(error)
+            worst = max(worst, code)
+    return worst

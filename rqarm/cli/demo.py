@@ -32,16 +32,17 @@ from urllib.parse import urlencode
 import click
 
 from rqarm import connect, embedded
-from rqarm.cli.common import FAILURE, Target, complain, duration, is_terminal, json_text, plain, print_table, size
+from rqarm.cli.common import FAILURE, Target, complain, is_terminal, json_text, print_table
 from rqarm.cli.waiting import Line
-from rqarm.codec import Result
 from rqarm.config import Settings
 from rqarm.errors import RqarmError
 from rqarm.keys import PATTERNS, Keys
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, Key, State
 from rqarm.request import BatchRequest
+from rqarm.result import Result
 from rqarm.rqjobs import queue_names
+from rqarm.text import duration, plain, size
 from rqarm.worker import Worker
 
 #: namespace and queue of the demo
@@ -169,13 +170,12 @@ def server(stack: contextlib.ExitStack, url: str | None) -> tuple[str, bool]:
 def end_server(url: str) -> None:
     """Stop the embedded server, unless somebody else has come to use it in the meantime."""
     with connect.open_client(url) as client:
-        for _ in range(20):
-            if len(client.client_list()) == 1:
-                break
+        deadline = time.monotonic() + GRACE_S
+        while len(client.client_list()) > 1:
+            if time.monotonic() > deadline:
+                click.echo("the embedded server keeps running, others use it: rqarm server stop")
+                return
             time.sleep(0.1)  # the connections of processes that have just ended
-        else:
-            click.echo("the embedded server keeps running, others use it: rqarm server stop")
-            return
     embedded.stop()
 
 

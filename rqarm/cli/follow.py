@@ -6,23 +6,13 @@ import sys
 
 import click
 
-from rqarm import codec
-from rqarm.cli.common import (
-    Target,
-    as_json,
-    complain,
-    exit_code,
-    is_terminal,
-    json_text,
-    key_of,
-    on_server,
-    plain,
-    tell,
-)
+from rqarm.cli.common import Target, as_json, complain, exit_code, is_terminal, json_text, key_of, on_server, tell
 from rqarm.cli.values import write_value
 from rqarm.cli.waiting import Line, bar, going_on
 from rqarm.following import FollowEvent, FollowKind
 from rqarm.manager import RequestManager
+from rqarm.result import Result
+from rqarm.text import plain
 
 
 @click.command()
@@ -48,7 +38,7 @@ def follow(target: Target, key: str, timeout: float | None, is_json: bool) -> in
 
 def _print_document(event: FollowEvent) -> int:
     document = event.to_dict()
-    if isinstance(event.value, codec.Result):
+    if isinstance(event.value, Result):
         document["value"] = event.value.data
     click.echo(json_text(document, indent=None))
     return exit_code(event.error) if event.error is not None else 0

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import click
 
-from rqarm.calls import QuarantineEntry
 from rqarm.cli.common import (
     FAILURE,
     NOT_READY,
@@ -17,8 +16,8 @@ from rqarm.cli.common import (
     complain,
     json_text,
     key_of,
+    limit_option,
     on_server,
-    plain,
     print_json,
     print_pairs,
     print_table,
@@ -26,7 +25,9 @@ from rqarm.cli.common import (
 )
 from rqarm.config import Settings
 from rqarm.model import Reason
-from rqarm.uri import redact
+from rqarm.replies import QuarantineEntry
+from rqarm.text import plain
+from rqarm.uri import is_secret, redact
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,7 +59,7 @@ def quarantine() -> None:
 @quarantine.command("list")
 @on_server
 @chosen
-@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="So many at the most.")
+@limit_option
 @as_json
 def list_entries(
     target: Target, route: str | None, exception: str | None, reason: str | None, limit: int, is_json: bool
@@ -116,16 +117,15 @@ def show(target: Target, key: str, is_json: bool) -> int:
     return 0
 
 
-keys_argument = click.argument("keys", nargs=-1, metavar="[KEY]...")
-every = click.option("--all", "is_all", is_flag=True, help="All of them.")
+def named_or_chosen(command: F) -> F:
+    """Keys, or the options that choose entries, or all."""
+    command = as_json(click.option("--all", "is_all", is_flag=True, help="All of them.")(command))
+    return click.argument("keys", nargs=-1, metavar="[KEY]...")(chosen(command))
 
 
 @quarantine.command()
 @on_server
-@keys_argument
-@chosen
-@every
-@as_json
+@named_or_chosen
 def requeue(target: Target, **options: Any) -> int:
     """Run entries again: by key, by route, exception and reason, or all.
 
@@ -136,10 +136,7 @@ def requeue(target: Target, **options: Any) -> int:
 
 @quarantine.command()
 @on_server
-@keys_argument
-@chosen
-@every
-@as_json
+@named_or_chosen
 def discard(target: Target, **options: Any) -> int:
     """Drop entries with their payloads: by key, by route, exception and reason, or all.
 
@@ -189,7 +186,4 @@ def _document(entry: QuarantineEntry, settings: Settings) -> dict[str, Any]:
 
 
 def _redacted(named: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    return {
-        name: "***" if redact(f"?{name}=1", settings.secret_params).endswith("***") else value
-        for name, value in named.items()
-    }
+    return {name: "***" if is_secret(name, settings.secret_params) else value for name, value in named.items()}

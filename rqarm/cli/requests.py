@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import click
 
-from rqarm import flows
+from rqarm.browse import listing
 from rqarm.cli.bulk import submit_from
 from rqarm.cli.common import (
     FAILURE,
     NO_SERVER,
-    NOT_READY,
     Target,
     as_json,
     complain,
     document_of,
-    duration,
+    each_key,
     exit_code,
     exit_code_of,
     is_terminal,
     key_of,
+    keys_argument,
+    limit_option,
     on_server,
-    plain,
     print_json,
     print_pairs,
+    print_statuses,
     print_table,
+    queue_option,
     shown_uri,
     since,
     tell,
@@ -41,6 +43,7 @@ from rqarm.errors import RequestFailed, RqarmError, WaitTimeout
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, Key, Outcome, State
 from rqarm.request import BatchRequest
+from rqarm.text import duration, plain
 from rqarm.uri import Canonical, canonicalize
 
 
@@ -62,7 +65,6 @@ output = click.option(
     "-o", "--output", metavar="FILE", type=click.Path(), help="Write the value there, when it is complete; - is stdout."
 )
 seconds = click.FloatRange(min=0)
-queue_option = click.option("-q", "--queue", metavar="QUEUE", help="The queue; RQARM_QUEUE, else arm.")
 
 
 # -- submit and its value
@@ -265,7 +267,7 @@ def _print_status(status: BatchStatus, settings: Settings) -> None:
 @on_server
 @click.option("-q", "--queue", metavar="QUEUE", help="Of this queue only.")
 @click.option("--state", type=click.Choice(["pending", "in_progress", "quarantined", "cached"]), help="One state only.")
-@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="So many at the most.")
+@limit_option
 @as_json
 def ls(target: Target, queue: str | None, state: str | None, limit: int, is_json: bool) -> None:
     """List requests: what waits and runs, or one state.
@@ -277,25 +279,6 @@ def ls(target: Target, queue: str | None, state: str | None, limit: int, is_json
         print_statuses(listed[:limit], rm.settings, is_json)
     if len(listed) > limit:
         complain(f"there are more than {limit}: --limit N shows more")
-
-
-def print_statuses(listed: list[BatchStatus], settings: Settings, is_json: bool) -> None:
-    """A table, or a list for ``--json``."""
-    if is_json:
-        print_json([document_of(found, settings) for found in listed])
-        return
-    rows = [
-        (
-            found.key,
-            str(found.state),
-            found.queue,
-            since(found.ended or found.started or found.submitted),
-            str(found.attempts),
-            shown_uri(found, settings),
-        )
-        for found in listed
-    ]
-    print_table(("KEY", "STATE", "QUEUE", "SINCE", "ATTEMPTS", "URI"), rows)
 
 
 def _listed(rm: RequestManager, state: str | None, queue: str | None) -> Iterator[BatchStatus]:
@@ -317,7 +300,7 @@ def _pending(rm: RequestManager, queue: str | None) -> Iterator[BatchStatus]:
 
 
 def _browse(rm: RequestManager, index: str, **parts: str) -> Iterator[BatchStatus]:
-    return rm.shell.iterate(flows.browse(rm.core, rm.core.keys.named(index, **parts)))
+    return rm.shell.iterate(listing.entries(rm.core, rm.core.keys.named(index, **parts)))
 
 
 @click.command()
@@ -382,9 +365,6 @@ def _print_explanation(form: Canonical, document: dict[str, Any]) -> None:
 # -- wait and end
 
 
-keys_argument = click.argument("keys", nargs=-1, required=True, metavar="KEY...")
-
-
 @click.command()
 @on_server
 @keys_argument
@@ -427,22 +407,6 @@ def forget(target: Target, keys: tuple[str, ...]) -> int:
     What is still in flight stays (exit code 3): cancel it first.
     """
     return each_key(target, keys, lambda rm, key: (0, "forgotten") if rm.forget(key) else (FAILURE, "unknown"))
-
-
-def each_key(target: Target, keys: tuple[str, ...], do: Callable[[RequestManager, Key], tuple[int, str]]) -> int:
-    """Do it with every key, whatever becomes of the others; the worst exit code."""
-    worst = 0
-    with target.manager() as rm:
-        for name in [key_of(text, rm.settings) for text in keys]:
-            try:
-                code, word = do(rm, name)
-                click.echo(f"{name} {word}")
-            except RqarmError as error:
-                if exit_code(error) not in (FAILURE, NOT_READY):
-                    raise
-                code = tell(error)
-            worst = max(worst, code)
-    return worst
 
 
 @click.command()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from rqarm import embedded
-from rqarm.cli.common import FAILURE, as_json, duration, print_json, print_pairs, size
+from rqarm.cli.common import FAILURE, as_json, print_json, print_pairs
+from rqarm.text import duration, size
 
 
 @click.group()

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import select
 import shutil
+import signal
 import sys
+import termios
 import time
+import tty
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import click
 from redis.exceptions import RedisError
 
-from rqarm.cli.common import Target, complain, duration, is_terminal, on_server, plain, size
+from rqarm.cli.common import Target, complain, is_terminal, on_server
 from rqarm.errors import RqarmError
 from rqarm.inspect import Attention, HitRate, Overview
+from rqarm.text import brief, duration, plain, size
 
 #: bars of the last hour, from nothing to the highest minute
 BARS = " ▁▂▃▄▅▆▇█"
 #: without UTF-8
 PLAIN_BARS = " .:-=+*#%"
-HOME_AND_CLEAR, HIDE, SHOW = "\x1b[H\x1b[J", "\x1b[?25l", "\x1b[?25h"
+HOME_AND_CLEAR = "\x1b[H\x1b[J"
+#: another screen without a cursor, and back to the one from before
+ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+#: what is read when a key ends it, q or Escape, or the terminal is gone; whole, since an arrow begins with ESC too
+QUIT = (b"q", b"Q", b"\x1b", b"")
 #: width of a line that goes to a file
 UNCUT = 1_000
 COLOURS = {"critical": "red", "warning": "yellow"}
@@ -33,7 +44,8 @@ COLOURS = {"critical": "red", "warning": "yellow"}
 def top(target: Target, once: bool, interval: float) -> None:
     """Watch queues, hit rate, cache and failures.
 
-    One round trip a frame. Ctrl-C ends it. Where the output is no terminal, frames follow each other, without colours.
+    One round trip a frame. The keys q, Esc and Ctrl-C end it. Where the output is no terminal, frames follow each
+    other, without colours.
     """
     is_live = is_terminal(sys.stdout) and not once
     with target.manager() as rm:
@@ -41,26 +53,61 @@ def top(target: Target, once: bool, interval: float) -> None:
             _show(rm.overview(), is_live=False)
             return
         try:
-            if is_live:
-                click.echo(HIDE, nl=False)
-            while True:
-                _look(rm.overview, is_live)
-                time.sleep(interval)
+            with _screen(is_live) as pause:
+                while True:
+                    _look(rm.overview, is_live, interval)
+                    if not pause(interval):
+                        return
         except KeyboardInterrupt:
             return
-        finally:
-            if is_live:
-                click.echo(SHOW)
 
 
-def _look(overview: Callable[[], Overview], is_live: bool) -> None:
+@contextmanager
+def _screen(is_live: bool) -> Iterator[Callable[[float], bool]]:
+    """A screen of its own while it runs. Gives what waits for the next frame: until the time is over or the window has
+    another size; False = a key has ended it."""
+    if not (is_live and is_terminal(sys.stdin)):
+        yield _sleep
+        return
+    keys = sys.stdin.fileno()
+    before = termios.tcgetattr(keys)
+    resized, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.signal(signal.SIGWINCH, lambda *_: None)  # a handler there must be, or nothing wakes
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+
+    def pause(seconds: float) -> bool:
+        ready, _, _ = select.select([keys, resized], [], [], seconds)
+        if resized in ready:
+            os.read(resized, 1_024)
+        return keys not in ready or os.read(keys, 64) not in QUIT
+
+    try:
+        tty.setcbreak(keys)
+        click.echo(ENTER, nl=False)
+        yield pause
+    finally:
+        click.echo(LEAVE, nl=False)
+        termios.tcsetattr(keys, termios.TCSADRAIN, before)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGWINCH, signal.SIG_DFL)
+        os.close(resized)
+        os.close(wake)
+
+
+def _sleep(seconds: float) -> bool:
+    time.sleep(seconds)
+    return True
+
+
+def _look(overview: Callable[[], Overview], is_live: bool, interval: float) -> None:
     """One frame; a server that does not answer now may do so in the next one."""
     try:
         found = overview()
     except (RedisError, RqarmError) as error:
         if is_live:
             click.echo(HOME_AND_CLEAR, nl=False)
-        complain(str(error))
+        complain(f"{error} (looking again every {interval:g} s)")
         return
     _show(found, is_live)
 
@@ -80,13 +127,14 @@ def frame(found: Overview, width: int) -> Iterator[str]:
     yield _cut(f"rqarm {found.version}  {clock}  namespace {found.namespace}  {server}", width)
     for each in found.attention:
         yield _styled(each, _cut(f"! {each.text}", width))
+    # what a low window cuts off stands last
+    yield ""
+    yield from (_cut(line, width) for line in _queues(found))
     yield ""
     yield from (_cut(line, width) for line in _sums(found))
     yield ""
     yield _cut("submissions per minute, last hour", width)
     yield from (_cut(line, width) for line in _series(found))
-    yield ""
-    yield from (_cut(line, width) for line in _queues(found))
     if found.hot:
         yield ""
         yield "hot keys"
@@ -114,7 +162,8 @@ def _sums(found: Overview) -> Iterator[str]:
     parked = f" ({states['parked']} parked)" if states["parked"] else ""
     yield (
         f"requests   {states['pending']} waiting{parked}, {states['in_progress']} running, "
-        f"{states['completed']} cached, {states['quarantined']} quarantined"
+        f"{states['completed']} cached, {states['failed']} failed, {states['cancelled']} cancelled, "
+        f"{states['quarantined']} quarantined"
     )
     yield f"last hour  {_ratio(found.hit_rate_hour)}"
     yield f"ever       {_ratio(found.hit_rate)}"
@@ -161,6 +210,4 @@ def _queues(found: Overview) -> Iterator[str]:
 
 
 def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else duration(seconds)
+    return "-" if seconds is None else brief(seconds)

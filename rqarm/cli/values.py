@@ -13,9 +13,11 @@ from typing import IO, Any, cast
 
 import click
 
-from rqarm import codec
-from rqarm.cli.common import complain, is_terminal, json_text, plain, size
+from rqarm import codec, packing
+from rqarm.cli.common import complain, is_terminal, json_text
 from rqarm.manager import RequestManager
+from rqarm.result import Result
+from rqarm.text import plain, size
 
 #: bytes read and written at a time
 PIECE = 1 << 20
@@ -49,7 +51,7 @@ def write_value(rm: RequestManager, key: str, path: str | None) -> None:
 def read_value(rm: RequestManager, key: str) -> Any:
     """The whole value, for a JSON document; of a file its bytes."""
     value = rm.cache.get(key)
-    return value.data if isinstance(value, codec.Result) else value
+    return value.data if isinstance(value, Result) else value
 
 
 def _envelope(stored: IO[bytes]) -> codec.Envelope:
@@ -58,7 +60,7 @@ def _envelope(stored: IO[bytes]) -> codec.Envelope:
 
 
 def _value_text(rm: RequestManager, stored: IO[bytes]) -> str:
-    return json_text(codec.unpack(stored.read(), max_bytes=rm.settings.max_result_bytes)) + "\n"
+    return json_text(packing.unpack(stored.read(), max_bytes=rm.settings.max_result_bytes)) + "\n"
 
 
 def _is_text(envelope: codec.Envelope) -> bool:

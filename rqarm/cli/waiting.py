@@ -11,10 +11,11 @@ from typing import Self
 
 import click
 
-from rqarm.cli.common import INTERRUPTED, complain, duration, is_terminal, plain
+from rqarm.cli.common import INTERRUPTED, complain, is_terminal
 from rqarm.errors import WaitTimeout
 from rqarm.manager import RequestManager
 from rqarm.model import BatchStatus, State
+from rqarm.text import duration, plain
 
 #: seconds between two looks at the position and the progress; the end itself is heard of at once
 LOOK = 0.5

@@ -20,13 +20,22 @@ from rqarm.uri import check_key
 Arguments = Mapping[str, str]
 
 
+#: words for: nothing was done
+IDLE = frozenset({"ended", "joined", "unknown", "in_flight", "no_result", "not_running", "superseded"})
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
     """What came of an action: a word of TOLD, what it was done to, and how many were touched."""
 
     word: str
     target: str
-    count: int = 1
+    count: int
+
+
+def _one(word: str, key: Key) -> Done:
+    """What came of an action on one request."""
+    return Done(word, key, 0 if word in IDLE else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,7 @@ TOLD = {
     "forgotten": "Forgotten, with its result.",
     "unknown": "There is no such request any more.",
     "in_flight": "It is in flight: nothing was done.",
+    "superseded": "It was set aside again meanwhile: nothing was done.",
     "pinned": "Its result stays until it is cleared.",
     "unpinned": "Its result expires again.",
     "retained": "Its result lives as long as you said, from now on.",
@@ -94,14 +104,23 @@ def _add_form(blueprint: Blueprint, dashboard: Dashboard, action: Action) -> Non
 
 def _add_json(blueprint: Blueprint, dashboard: Dashboard, action: Action, api: str) -> None:
     def view(**path: str) -> Response:
-        given = request.get_json() if request.is_json else request.form.to_dict()
-        if not isinstance(given, dict):
-            raise InvalidRequest("a JSON object is needed", where="body")
-        done = _run(dashboard, action, {**{str(name): str(value) for name, value in given.items()}, **path})
+        done = _run(dashboard, action, {**_given(), **path})
+        if done.word == "unknown":
+            raise RequestUnknown(check_key(done.target))
         return jsonify(outcome=done.word, target=done.target, count=done.count)
 
     view.__doc__ = action.do.__doc__
     blueprint.add_url_rule(api + action.path, f"api_do_{action.name}", view, methods=["POST"])
+
+
+def _given() -> Arguments:
+    """The arguments in the body: a form, or a JSON object of texts and numbers."""
+    if not request.is_json:
+        return request.form.to_dict()
+    given = request.get_json(silent=True)
+    if not isinstance(given, dict) or not all(isinstance(value, str | int | float) for value in given.values()):
+        raise InvalidRequest("a JSON object of texts and numbers is needed", where="body")
+    return {name: str(value) for name, value in given.items()}
 
 
 def _run(dashboard: Dashboard, action: Action, given: Arguments) -> Done:
@@ -121,7 +140,7 @@ def _run(dashboard: Dashboard, action: Action, given: Arguments) -> Done:
 def cancel(dashboard: Dashboard, given: Arguments) -> Done:
     """End a request for everybody who waits for it."""
     key = check_key(given["key"])
-    return Done("cancelled" if dashboard.manager.cancel(key) else "ended", key)
+    return _one("cancelled" if dashboard.manager.cancel(key) else "ended", key)
 
 
 def resubmit(dashboard: Dashboard, given: Arguments) -> Done:
@@ -131,19 +150,19 @@ def resubmit(dashboard: Dashboard, given: Arguments) -> Done:
     if found is None:
         raise RequestUnknown(key)
     status = dashboard.manager.resubmit(found)
-    return Done("joined" if status.outcome == "joined" else "resubmitted", key)
+    return _one("joined" if status.outcome == "joined" else "resubmitted", key)
 
 
 def forget(dashboard: Dashboard, given: Arguments) -> Done:
     """Drop an ended request with its result."""
     key = check_key(given["key"])
-    return Done("forgotten" if dashboard.manager.forget(key) else "unknown", key)
+    return _one("forgotten" if dashboard.manager.forget(key) else "unknown", key)
 
 
 def release(dashboard: Dashboard, given: Arguments) -> Done:
     """Take a running request away from its worker: it is next in line, and the attempt does not count."""
     key = check_key(given["key"])
-    return Done("released" if dashboard.manager.release(key) else "not_running", key)
+    return _one("released" if dashboard.manager.release(key) else "not_running", key)
 
 
 # -- results
@@ -152,19 +171,19 @@ def release(dashboard: Dashboard, given: Arguments) -> Done:
 def pin(dashboard: Dashboard, given: Arguments) -> Done:
     """Make a result sticky."""
     key = check_key(given["key"])
-    return Done("pinned" if dashboard.manager.cache.pin(key) else "no_result", key)
+    return _one("pinned" if dashboard.manager.cache.pin(key) else "no_result", key)
 
 
 def unpin(dashboard: Dashboard, given: Arguments) -> Done:
     """Let a sticky result expire, after the usual time."""
     key = check_key(given["key"])
-    return Done("unpinned" if dashboard.manager.cache.unpin(key) else "no_result", key)
+    return _one("unpinned" if dashboard.manager.cache.unpin(key) else "no_result", key)
 
 
 def set_ttl(dashboard: Dashboard, given: Arguments) -> Done:
     """Let a result expire after ``seconds`` from now on."""
     key = check_key(given["key"])
-    return Done("retained" if dashboard.manager.cache.set_ttl(key, _seconds(given)) else "no_result", key)
+    return _one("retained" if dashboard.manager.cache.set_ttl(key, _seconds(given)) else "no_result", key)
 
 
 def clear_temporary(dashboard: Dashboard, _: Arguments) -> Done:
@@ -203,9 +222,8 @@ def discard(dashboard: Dashboard, given: Arguments) -> Done:
 
 def _moved(word: str, given: Arguments, move: Callable[..., Mapping[Key, str]]) -> Done:
     if key := given.get("key", ""):
-        words = move(check_key(key))
-        outcome = next(iter(words.values()))
-        return Done(word if outcome == word else outcome, key)
+        (outcome,) = move(check_key(key)).values()
+        return _one(outcome, Key(key))
     chosen = {name: given[name] for name in ("exception", "route", "reason") if given.get(name)}
     words = move(**chosen)
     return Done(word, str(chosen), sum(each == word for each in words.values()))

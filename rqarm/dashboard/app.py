@@ -170,7 +170,9 @@ def _explain(error: Exception) -> Response:
         if error.code is not None and error.code < 400:
             return cast(Response, Response.force_type(error.get_response()))  # a redirect
         status, text, title = error.code or 500, error.description or "", error.name
-        headers = [pair for pair in error.get_headers() if pair[0].lower() in ("www-authenticate", "allow")]
+        headers = [
+            pair for pair in error.get_headers() if pair[0].lower() in ("www-authenticate", "allow", "retry-after")
+        ]
     else:
         status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
         text = str(error) if isinstance(error, RqarmError | redis.RedisError) else ""
@@ -181,7 +183,7 @@ def _explain(error: Exception) -> Response:
     if f"{API}/" in request.path:
         document = {"error": {"status": status, "title": title, "message": text}}
         response = jsonify(document)
-    elif status in (401, 421):
+    elif status in (401, 421, 429):
         # who is not let in sees neither names nor links
         response = Response(f"{title}: {text}\n", mimetype="text/plain")
     else:

@@ -94,13 +94,22 @@ def _round_up(count: int) -> int:
 
 def submissions(minutes: Sequence[Mapping[str, Any]], series: Sequence[str]) -> Markup:
     """Submissions per minute by outcome; ``minutes`` as rqarm.inspect has them."""
+    return _per_minute(minutes, "submissions", series)
+
+
+def executions(minutes: Sequence[Mapping[str, Any]], series: Sequence[str]) -> Markup:
+    """Ends of attempts per minute by outcome."""
+    return _per_minute(minutes, "executions", series)
+
+
+def _per_minute(minutes: Sequence[Mapping[str, Any]], what: str, series: Sequence[str]) -> Markup:
     labels = ["" for _ in minutes]
     for place in range(0, len(minutes), 10):
         labels[place] = f"{datetime.fromtimestamp(minutes[place]['at'], UTC):%H:%M}"
-    counts = [each["submissions"] for each in minutes]
+    counts = [each[what] for each in minutes]
     total = {name: sum(each.get(name, 0) for each in counts) for name in series}
     told = ", ".join(f"{count:,} {name}" for name, count in total.items() if count) or "none"
-    summary = f"Submissions in the last {len(minutes)} minutes: {told}. Times are UTC."
+    summary = f"{what.capitalize()} in the last {len(minutes)} minutes: {told}. Times are UTC."
     return stacked(counts, series, labels, title=summary, summary=summary)
 
 

@@ -64,7 +64,8 @@ def request(dashboard: Dashboard, given: Arguments) -> Document:
     document["payloads"] = shown.scrubbed(document["payloads"], settings.secret_params)
     # the fields in which other text may repeat the request's own
     document["record"] = {name: dashboard.redacted(text) for name, text in document["record"].items()}
-    _scrub_error(dashboard, document["status"])
+    for each in (document["status"], *document["attempts"]):
+        _scrub_error(dashboard, each)
     uri = raw_uri or str(detail.key)
     return {
         "title": uri[:120],
@@ -103,10 +104,18 @@ def workers(dashboard: Dashboard, _: Arguments) -> Document:
 
 
 def quarantine(dashboard: Dashboard, given: Arguments) -> Document:
-    """The newest that were set aside, grouped by exception: ?limit= up to 100"""
-    aside = dashboard.manager.quarantine
-    entries = [_set_aside(dashboard, each) for each in aside.list(limit=_number(given, "limit", 100, 1, 100))]
-    return {"groups": _groups(entries), "shown": len(entries), "total": aside.count()}
+    """A page of what was set aside, newest first, grouped by exception: ?cursor= ?limit="""
+    page = dashboard.manager.quarantine.page(
+        cursor=given.get("cursor", ""), limit=_number(given, "limit", PAGE, 1, MOST)
+    )
+    entries = [_set_aside(dashboard, each) for each in page.entries]
+    return {
+        "groups": _groups(entries),
+        "shown": len(entries),
+        "cursor": page.cursor,
+        "looked_at": page.looked_at,
+        "total": page.total,
+    }
 
 
 def explain(dashboard: Dashboard, given: Arguments) -> Document:
@@ -156,12 +165,12 @@ def _status(dashboard: Dashboard, status: BatchStatus) -> Document:
     return document
 
 
-def _scrub_error(dashboard: Dashboard, status: Document) -> None:
+def _scrub_error(dashboard: Dashboard, document: Document) -> None:
     """Take the URI's secrets out of the error, which often repeats it."""
-    if status["error"]:
-        status["error"] = {
+    if document["error"]:
+        document["error"] = {
             name: _redacted_lines(dashboard, text) if isinstance(text, str) else text
-            for name, text in status["error"].items()
+            for name, text in document["error"].items()
         }
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from rqarm.config import parse_variable
+from rqarm.config import chosen_options
 from rqarm.errors import ConfigError
 
 PREFIX = "RQARM_DASHBOARD_"
@@ -34,6 +33,8 @@ class Options:
     hosts: tuple[str, ...] = ()
     #: origins of other sites that may send changes, such as ``https://admin.example.com``
     origins: tuple[str, ...] = ()
+    #: address of the proxy in front, whose X-Forwarded-For and X-Forwarded-Proto are believed; ``*``: of any
+    trusted_proxy: str = ""
     #: seconds between two looks at the server while somebody watches
     interval: float = 2.0
     #: browsers that are fed by server-sent events at a time; each holds a thread. Others ask every few seconds
@@ -68,16 +69,7 @@ class Options:
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None, **arguments: Any) -> Options:
         """Options from arguments (None = not given), then the environment. Raises ConfigError naming what is wrong."""
-        environ = os.environ if environ is None else environ
-        known = {each.name: each for each in fields(cls)}
-        if unknown := sorted(set(arguments) - set(known)):
-            raise ConfigError(f"no such option: {', '.join(unknown)}; there are {', '.join(known)}")
-        chosen = {name: value for name, value in arguments.items() if value is not None}
-        for name, each in known.items():
-            variable = PREFIX + name.upper()
-            if name not in chosen and (text := environ.get(variable)):
-                chosen[name] = parse_variable(variable, text, each.default)
-        return cls(**chosen)
+        return cls(**chosen_options(cls, PREFIX, arguments, environ))
 
 
 def is_loopback(host: str) -> bool:

@@ -15,6 +15,10 @@ from werkzeug.exceptions import NotFound, ServiceUnavailable
 
 from rqarm.dashboard import charts, documents, downloads, stream
 from rqarm.dashboard.state import Dashboard
+from rqarm.errors import RequestUnknown
+from rqarm.inspect import STATES
+from rqarm.model import State
+from rqarm.uri import check_key
 
 Arguments = Mapping[str, str]
 Document = dict[str, Any]
@@ -98,14 +102,17 @@ def _add_json(
     document: Callable[[Dashboard, Arguments], Document],
 ) -> None:
     def view(**given: str) -> Response:
-        return jsonify(document(dashboard, _arguments(given)))
+        told = document(dashboard, _arguments(given))
+        if "detail" in told and told["detail"]["status"]["state"] == State.UNKNOWN:
+            raise RequestUnknown(check_key(given["key"]))
+        return jsonify(told)
 
     view.__doc__ = document.__doc__
     blueprint.add_url_rule(path, name, view)
 
 
 def _render(page: Page, document: Document) -> str:
-    context = {"page": page.name, "title": page.title, "charts": charts, **document}
+    context = {"page": page.name, "title": page.title, "charts": charts, "states": STATES, **document}
     return render_template(f"rqarm/{page.name}.html", **context)
 
 

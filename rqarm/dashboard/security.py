@@ -9,13 +9,19 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import ipaddress
 import logging
+import math
 import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from flask import Response, g, request
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import Forbidden, HTTPException, MethodNotAllowed, Unauthorized
+from werkzeug.exceptions import Forbidden, HTTPException, MethodNotAllowed, TooManyRequests, Unauthorized
 
 from rqarm.dashboard.options import Options, is_loopback
 from rqarm.text import plain
@@ -51,18 +57,61 @@ class Misdirected(HTTPException):
     name = "Misdirected Request"
 
 
+class Strikes:
+    """Wrong credentials by address: after MOST in WINDOW_S seconds none are looked at, right ones neither.
+
+    In memory, so of this process only. An IPv6 address counts for its /64, which one machine has for itself.
+    """
+
+    MOST, WINDOW_S = 10, 60.0
+    #: addresses that are kept, those with the latest strike
+    ADDRESSES = 10_000
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self._times: OrderedDict[str, list[float]] = OrderedDict()
+
+    def wait(self, address: str) -> float:
+        """Seconds until the address may try again; 0 = now."""
+        with self._lock:
+            times = self._recent(_network(address))
+            return times[-self.MOST] + self.WINDOW_S - self._clock() if len(times) >= self.MOST else 0.0
+
+    def add(self, address: str) -> None:
+        """One more from this address."""
+        name = _network(address)
+        with self._lock:
+            self._times[name] = [*self._recent(name), self._clock()]
+            self._times.move_to_end(name)
+            if len(self._times) > self.ADDRESSES:
+                self._times.popitem(last=False)
+
+    def _recent(self, name: str) -> list[float]:
+        since = self._clock() - self.WINDOW_S
+        return [moment for moment in self._times.get(name, ()) if moment > since]
+
+
+def _network(address: str) -> str:
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return str(ipaddress.ip_network((found, 64), strict=False)) if found.version == 6 else address
+
+
 class Guard:
     """The checks, in the order in which they are made."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self._hosts = {name.lower() for name in options.hosts}
+        self._strikes = Strikes()
 
     def check(self, view: str) -> None:
         """Let the request pass, or raise. ``view``: the name of the view that would answer, "" = none."""
         g.rqarm_user = "-"
         if view in OPEN:
-            g.rqarm_is_known = not self.options.has_credentials or self._user() is not None
+            g.rqarm_is_known = not self.options.has_credentials or self._known_user() is not None
             return
         self._check_host()
         self._check_user()
@@ -76,10 +125,24 @@ class Guard:
         g.rqarm_is_known = True
         if not self.options.has_credentials:
             return
-        user = self._user()
+        if wait := self._strikes.wait(request.remote_addr or ""):
+            seconds = math.ceil(wait)
+            raise TooManyRequests(f"Too many wrong credentials: try again in {seconds} s.", retry_after=seconds)
+        user = self._known_user()
         if user is None:
             raise Unauthorized("Credentials are needed.", www_authenticate=self._challenges())
         g.rqarm_user = user
+
+    def _known_user(self) -> str | None:
+        """The name behind the credentials, or None. Wrong ones are counted; after too many none are looked at."""
+        address = request.remote_addr or ""
+        if "Authorization" not in request.headers or self._strikes.wait(address):
+            return None
+        user = self._user()
+        if user is None:
+            self._strikes.add(address)
+            log.warning("wrong credentials from %s", plain(address or "?"))
+        return user
 
     def _user(self) -> str | None:
         """The name behind the credentials of the request, or None. Compares in constant time."""

@@ -34,9 +34,11 @@ class Server:
             port=port,
             threads=PAGE_THREADS + options.streams,
             ident=None,
-            max_request_body_size=65_536,
+            # more than Flask takes, so that the answer to a larger one is ours
+            max_request_body_size=1 << 20,
             channel_timeout=60,
             clear_untrusted_proxy_headers=True,
+            **_proxy(options.trusted_proxy),
         )
         shown = f"[{host.strip('[]')}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.effective_port}/"
@@ -53,6 +55,13 @@ class Server:
         """End all streams, and stop listening."""
         self._dashboard.close()
         self._server.close()
+
+
+def _proxy(address: str) -> dict[str, Any]:
+    """Waitress's settings for a proxy in front: the log, and the limit of wrong log-ins, see who is behind it."""
+    if not address:
+        return {}
+    return {"trusted_proxy": address, "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto"}}
 
 
 def _stop(_: int, __: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rqarm.text import duration, jsonable, plain, size
+from rqarm.text import brief, duration, jsonable, plain, size
 
 #: stands for a number that nobody knows
 NOT_KNOWN = "-"
@@ -57,7 +57,7 @@ def number(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    return NOT_KNOWN if value is None else duration(value)
+    return NOT_KNOWN if value is None else brief(value)
 
 
 def share(value: float | None) -> str:

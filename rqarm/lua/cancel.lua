@@ -25,7 +25,7 @@ if claim.emitted then redis.call('PEXPIRE', emitted_name(key), failure_ttl_ms) e
 redis.call('UNLINK', callbacks_name(key), followup_name(key))
 wake(key, 'cancelled')
 end_all_led_by(key, 'cancelled')
-list_failure(key)
+list_ended(key, 'cancelled')
 count('executions', 'cancelled')
 event('cancel', key, 'cancelled')
 return {'cancelled', claim.state}

@@ -23,7 +23,7 @@ local key, token, job_id, commands, data = ARGV[2], ARGV[3], ARGV[4], ARGV[5], A
 local delay_ms, max_attempts, err, note = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9], ARGV[10]
 
 local claim = record(key, 'state', 'token', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms', 'crashes',
-  'lease_until', 'aside_by', 'limit')
+  'lease_until', 'aside_by', 'limit', 'attempts', 'worker', 'started_ms')
 
 -- A quarantined request keeps its last ticket, which is what `rq requeue` delivers; the one offered is noted beside it.
 if claim.job_id == job_id or claim.aside_by == job_id then return {'already'} end
@@ -32,6 +32,7 @@ local dead = token ~= '' and claim.token == token
 if claim.state ~= 'in_progress' or not dead then return {'alive', claim.state or 'unknown'} end
 
 local crashes = redis.call('HINCRBY', status, 'crashes', 1)
+note_attempt(key, claim, 'crashed', err)
 local outcome
 if crashes >= max_attempts then
   set_aside(key, claim, err, 'poison', note)

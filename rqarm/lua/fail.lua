@@ -22,7 +22,7 @@ local reason, note, keep = ARGV[7], ARGV[8], tonumber(ARGV[9])
 local follow_ups = {unpack(ARGV, 10)}
 
 local claim = record(key, 'state', 'token', 'done_token', 'queue', 'priority', 'slot', 'est_ms', 'limit', 'started_ms',
-  'pushed_ms', 'emitted', 'trace', 'traced')
+  'pushed_ms', 'emitted', 'trace', 'traced', 'attempts', 'worker')
 
 if claim.state == 'failed' and claim.done_token == token then return {'already'} end
 if claim.state ~= 'in_progress' or claim.token ~= token then
@@ -43,11 +43,12 @@ else
   redis.call('PEXPIRE', callbacks_name(key), int(failure_ttl_ms))
   redis.call('PEXPIRE', followup_name(key), int(failure_ttl_ms))
   if claim.emitted then redis.call('PEXPIRE', emitted_name(key), int(math.max(failure_ttl_ms, negative_ms))) end
-  list_failure(key)
+  list_ended(key, 'failed')
   wake(key, 'failed')
   end_all_led_by(key, 'failed', err, negative_until)
 end
 redis.call('HSET', status, 'done_token', token)
+note_attempt(key, claim, 'failed', err)
 -- Of what is set aside a copy of the payloads: they are for the end of its next run.
 if follow_ups[1] then follow(key, follow_ups, claim, reason ~= '', {'error', err}) end
 if negative_until then redis.call('HSET', status, 'negative_until', negative_until) end

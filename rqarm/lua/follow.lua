@@ -13,7 +13,7 @@
 local status = KEYS[1]
 local key, token, number = ARGV[2], ARGV[3], tonumber(ARGV[4])
 
-local claim = record(key, 'state', 'token', 'emitted', 'done_token')
+local claim = record(key, 'state', 'token', 'emitted', 'done_token', 'alias')
 
 if not claim.state then return {'unknown'} end
 local current = claim.token or claim.emitted
@@ -22,4 +22,4 @@ local first, count = kept_emissions(key, claim.emitted)
 local from = current == token and math.max(first, number + 1) or first
 local values = count > 0 and redis.call('LRANGE', emitted_name(key), 1 + from - first, -1) or {}
 return {'found', answer_fields(key), current or '', int(from), values,
-  claim.state == 'completed' and stored_result(key) or {}}
+  claim.state == 'completed' and stored_result(key, claim.alias) or {}}

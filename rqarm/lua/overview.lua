@@ -101,7 +101,8 @@ end
 local results, now = results_name(), int(now_ms)
 local numbers = {
   'pending', pending, 'parked', parked, 'called', called, 'in_progress', redis.call('ZCARD', leases_name()),
-  'quarantined', redis.call('ZCARD', quarantine_name()),
+  'quarantined', redis.call('ZCARD', quarantine_name()), 'failed', redis.call('ZCARD', ended_name('failed')),
+  'cancelled', redis.call('ZCARD', ended_name('cancelled')),
   'temporary', redis.call('ZCOUNT', results, '(' .. now, '(+inf'), 'sticky', redis.call('ZCOUNT', results, '+inf', '+inf'),
   'overdue', redis.call('ZCOUNT', leases_name(), '-inf', '(' .. now),
 }

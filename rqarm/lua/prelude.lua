@@ -256,7 +256,11 @@ local function event(verb, key, state)
   redis.pcall('XADD', events_name(), 'MAXLEN', '~', EVENTS_KEPT, '*', 'verb', verb, 'key', key, 'state', state)
 end
 
-local function wake(key, state)
+-- The message is the state. A small result goes with it, and spares those who wait the look at the record: `state:length of
+-- the envelope:envelope bytes`. Bounded, because each of them gets it.
+local MOST_TOLD = 1024
+local function wake(key, state, envelope, bytes)
+  if envelope and #envelope + #bytes <= MOST_TOLD then state = state .. ':' .. #envelope .. ':' .. envelope .. bytes end
   redis.call('PUBLISH', done_name(key), state)
 end
 
@@ -322,8 +326,11 @@ local function leave_line(key, fields)
   local pending = pending_name(fields.queue)
   if fields.state ~= 'in_progress' and redis.call('ZREM', pending, key) == 1 then
     local est_ms = tonumber(fields.est_ms) or 0
-    if est_ms > 0 then add_load(fields.queue, fields.slot, int(-est_ms)) end
-    if redis.call('ZCARD', pending) == 0 then redis.call('DEL', load_name(fields.queue)) end
+    if redis.call('ZCARD', pending) == 0 then
+      redis.call('DEL', load_name(fields.queue))
+    elseif est_ms > 0 then
+      add_load(fields.queue, fields.slot, int(-est_ms))
+    end
   end
 end
 
@@ -421,7 +428,8 @@ local function requeue(key, fields, job_id, commands, data, job)
   local ticket, priority = tonumber(fields.ticket), tonumber(fields.priority)
   local slot = line_up(key, fields.queue, priority, ticket, tonumber(fields.est_ms) or 0, fields.slot)
   redis.call('HSET', status_name(key), 'state', 'pending', 'job_id', job_id, 'slot', slot, 'pushed_ms', int(now_ms))
-  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'worker')
+  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'worker', 'popped', 'needs', 'recall',
+    'recall_data')
   withdraw_emissions(key)
   replay(commands, data)
 end
@@ -439,7 +447,7 @@ local function begin(key, fields, exec, worker, lease_ms)
     redis.call('PERSIST', followup_name(key))
     redis.call('HDEL', status, 'ended_ms')
   end
-  if fields.due_ms then redis.call('HDEL', status, 'due_ms') end
+  if fields.due_ms then redis.call('HDEL', status, 'due_ms', 'needs', 'recall', 'recall_data') end
   fields.token, fields.started_ms = int(token), int(now_ms)
   fields.attempts = int((tonumber(fields.attempts) or 0) + 1)
   redis.call('HSET', status, 'state', 'in_progress', 'token', fields.token, 'exec', exec, 'worker', worker,
@@ -448,9 +456,11 @@ local function begin(key, fields, exec, worker, lease_ms)
   event('start', key, 'in_progress')
 end
 
--- Out of the quarantine, whatever the reason. Who has not been told of it by now will not be.
+-- Out of the quarantine and of the lists of what has ended, whatever the reason. Who has not been told by now will not be.
 local function readmit(key)
   redis.call('ZREM', quarantine_name(), key)
+  redis.pcall('ZREM', ended_name('failed'), key)
+  redis.pcall('ZREM', ended_name('cancelled'), key)
   redis.call('ZREM', unattended_name('failure'), key)
   redis.call('ZREM', unattended_name('quarantine'), key)
 end
@@ -477,6 +487,17 @@ local function attempt(fields)
   return unpack(values)
 end
 
+-- An attempt that failed is noted in the record, the newest ATTEMPTS_KEPT on a ring: as long as the record lives, and no
+-- longer. Netstrings: number, worker, when it began and ended, how, and the packed error. What completes leaves no note.
+local ATTEMPTS_KEPT = 10
+local function note_attempt(key, fields, word, err)
+  local number, note = tonumber(fields.attempts) or 0, ''
+  for _, value in ipairs({int(number), fields.worker or '', fields.started_ms or '', int(now_ms), word, err}) do
+    note = note .. #value .. ':' .. value
+  end
+  redis.call('HSET', status_name(key), 'tried_' .. number % ATTEMPTS_KEPT, note)
+end
+
 -- The end of a flight, whatever the end is: first for the others, then in the record.
 local function make_room(key, fields)
   leave_line(key, fields)
@@ -486,19 +507,19 @@ end
 
 local function land(key, fields)
   make_room(key, fields)
-  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress')
+  redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress', 'needs', 'recall', 'recall_data')
 end
 
 local function expire_at(name, deadline_ms)
   if deadline_ms then redis.call('PEXPIREAT', name, int(deadline_ms)) else redis.call('PERSIST', name) end
 end
 
--- Failed and cancelled requests that are not set aside, by the time of their end: only views read it. It holds the newest
--- and is not tidied; who reads looks at the record.
-local FAILURES_KEPT = 10000
-local function list_failure(key)
-  redis.pcall('ZADD', failures_name(), int(now_ms), key)
-  redis.pcall('ZREMRANGEBYRANK', failures_name(), 0, -FAILURES_KEPT - 1)
+-- Failed and cancelled requests that are not set aside, by the time of their end: only views read these. They hold the
+-- newest, `readmit` takes out what begins anew, and the sweep what has expired.
+local ENDED_KEPT = 10000
+local function list_ended(key, state)
+  redis.pcall('ZADD', ended_name(state), int(now_ms), key)
+  redis.pcall('ZREMRANGEBYRANK', ended_name(state), 0, -ENDED_KEPT - 1)
 end
 
 -- A record goes, with all that lies beside it but a result; and RQ's job, when one is given.
@@ -506,6 +527,10 @@ local function erase(key, job)
   redis.call('UNLINK', status_name(key), callbacks_name(key), followup_name(key), emitted_name(key),
     unpack(job and job ~= '' and {job} or {}))
 end
+
+-- Aliases of a root, and those who need it. Its end lands all of them in one step, and so does a forget: each costs the
+-- server some 30 us.
+local MOST_ALIASES = 1000
 
 -- Redirects. An alias is a request that ended its attempt because another one, its root, has or will have the answer. In
 -- flight it is pending and not in line; it stands in `redirected` and in the root's set `aliases`. Completed it has no result
@@ -522,12 +547,31 @@ local function is_led(fields)
   return (root.state == 'pending' or root.state == 'in_progress') and not root.alias
 end
 
--- Those who hear of the end of a root.
+-- One of those that a request needs has ended, or leads elsewhere. Behind the last of them it is called up, and looks
+-- again what has become of all.
+local function satisfy(key, ended)
+  redis.call('SREM', aliases_name(ended), key)
+  local fields = look_at(key, 'state', 'needs', 'recall', 'recall_data')
+  local from, to = string.find(fields.needs or '', '\n' .. ended .. '\n', 1, true)
+  if fields.state ~= 'pending' or not from then return end
+  local left = string.sub(fields.needs, 1, from) .. string.sub(fields.needs, to + 1)
+  if left ~= '\n' then return redis.call('HSET', status_name(key), 'needs', left) end
+  redis.call('HDEL', status_name(key), 'needs', 'recall', 'recall_data', 'due_ms')
+  redis.call('HSET', status_name(key), 'pushed_ms', int(now_ms))
+  pcall(replay, fields.recall, fields.recall_data)
+  event('call', key, 'pending')
+end
+
+-- Those who hear of the end of a root: its aliases. Who only needs it, or did, is seen to here.
 local function led_by(root)
   local led = {}
   for _, key in ipairs(redis.call('SMEMBERS', aliases_name(root))) do
     local fields = look_at(key, 'state', 'alias')
-    if fields.state == 'pending' and fields.alias == root then led[#led + 1] = key end
+    if fields.alias ~= root then
+      satisfy(key, root)
+    elseif fields.state == 'pending' then
+      led[#led + 1] = key
+    end
   end
   return led
 end
@@ -556,7 +600,7 @@ local function end_aliases(keys, state, err, negative_until)
     redis.call('HDEL', status, 'failure_ttl_ms')
     redis.call('PEXPIRE', status, int(math.max(kept_ms, (tonumber(negative_until or nil) or 0) - now_ms, 1)))
     redis.call('ZREM', redirected_name(), key)
-    list_failure(key)
+    list_ended(key, state)
     wake(key, state)
     event('alias', key, state)
   end
@@ -715,7 +759,7 @@ local function complete_aliases(keys, root, deadline_ms)
     local status = status_name(key)
     redis.call('HSET', status, 'state', 'completed', 'ended_ms', int(now_ms))
     redis.call('HDEL', status, 'redirect', 'failure_ttl_ms', 'hops', 'error', 'kwargs', 'ticket', 'slot', 'ttl_ms',
-      'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms')
+      'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms', 'popped')
     redis.call('ZREM', redirected_name(), key)
     expire_alias(key, deadline_ms)
     wake(key, 'completed')
@@ -793,9 +837,14 @@ end
 
 -- A result becomes visible: value, state, index and wake-up in one step.
 local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks, envelope, bytes)
-  local old = redis.call('HGET', result_name(key), 'owner')
-  if old and old ~= owner then drop_result(key) end
-  if old then redis.call('DEL', result_name(key)) end
+  -- An earlier one stands in the index, also when it has expired and the sweep has not looked; its size must not count for
+  -- ever.
+  if redis.call('ZADD', sizes_name(), 'NX', size_bytes, key) == 0 then
+    local old = redis.call('HGET', result_name(key), 'owner')
+    if old and old ~= owner then drop_result(key) else drop_index(key, 'expired') end
+    redis.call('DEL', result_name(key))
+    redis.call('ZADD', sizes_name(), size_bytes, key)
+  end
   local is_small = chunks == 0
   redis.call('HSET', result_name(key), 'owner', owner, 'envelope', envelope, is_small and 'bytes' or 'chunks',
     is_small and bytes or chunks)
@@ -803,16 +852,11 @@ local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks
     'done_token', done_token)
   -- Of a flight only what readers see stays, and what a repeated submit or complete is known by.
   redis.call('HDEL', status_name(key), 'token', 'exec', 'lease_until', 'progress', 'error', 'quarantined', 'note', 'negative_until', 'kwargs', 'ticket', 'slot', 'ttl_ms',
-    'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms', 'hops', 'trace')
-  -- One that has expired stands in the indexes until the sweep looks; its size must not count for ever.
-  if redis.call('ZADD', sizes_name(), 'NX', size_bytes, key) == 0 then
-    drop_index(key, 'expired')
-    redis.call('ZADD', sizes_name(), size_bytes, key)
-  end
+    'fallback_ttl_ms', 'pushed_ms', 'due_ms', 'lease_ms', 'hops', 'trace', 'popped')
   local deadline_ms = not sticky and now_ms + ttl_ms or nil
   expire_together(key, owner, chunks, deadline_ms)
   add_bytes(size_bytes, sticky)
-  wake(key, 'completed')
+  wake(key, 'completed', is_small and envelope, bytes)
   complete_aliases(led_by(key), key, deadline_ms)
 end
 
@@ -821,11 +865,13 @@ local function learn(family, run_ms)
   local runtimes = stats_name('runtime')
   local known = redis.call('HMGET', runtimes, '*', family)
   local function mean(before) return int(before and before + NEWEST * (run_ms - before) or run_ms) end
-  local learned = {'*', mean(tonumber(known[1] or nil))}
+  local all, mine = mean(tonumber(known[1] or nil)), mean(tonumber(known[2] or nil))
+  if known[1] == all and known[2] == mine then return end
   if known[2] or redis.call('HLEN', runtimes) < MOST_FAMILIES then
-    learned[3], learned[4] = family, mean(tonumber(known[2] or nil))
+    redis.call('HSET', runtimes, '*', all, family, mine)
+  else
+    redis.call('HSET', runtimes, '*', all)
   end
-  redis.call('HSET', runtimes, unpack(learned))
 end
 
 -- Tags stand in the record with a line break before and behind each.

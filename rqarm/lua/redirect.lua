@@ -15,10 +15,10 @@
 -- ARGV job             str    RQ's job hash to delete; '' = an RQ worker does that
 -- ARGV follow_ups      str    who is told when the target has ended: a kind and six values each, to the end
 --
--- Returns {'aliased'} | {'linked'} | {'failed'} | {'cancelled'} | {'gone'} | {'loop', uris} | {'endless'} | {'already'}
--- Returns {'lost', state}
+-- Returns {'aliased'} | {'linked'} | {'failed'} | {'cancelled'} | {'gone'} | {'full'} | {'loop', uris} | {'endless'}
+-- Returns {'already'} | {'lost', state}
 -- Returns also: aliased the target's result answers now; linked it will; failed, cancelled as the target did; gone the
--- target has no record or no result: submit it; uris of the loop.
+-- target has no record or no result: submit it; full the target has as many aliases as it may have; uris of the loop.
 
 local status = KEYS[1]
 local key, token, target, failure_ttl_ms, submitted, job = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
@@ -55,6 +55,12 @@ if target == key or IN_FLIGHT[aim.state] and root == key then return {'loop', lo
 
 local hops = (tonumber(claim.hops) or 0) + 1
 if hops > MOST_HOPS and aim.state ~= 'completed' then return {'endless'} end
+-- Aliases of both will be those of the root. A target that has neither record nor result has none of its own either.
+local has_result = aim.state == 'completed' and redis.call('EXISTS', result_name(root)) == 1
+if (has_result or IN_FLIGHT[aim.state])
+  and redis.call('SCARD', aliases_name(root)) + redis.call('SCARD', aliases_name(key)) >= MOST_ALIASES then
+  return {'full'}
+end
 if submitted == '0' then return {'gone'} end
 
 local function followers(kind)
@@ -67,7 +73,7 @@ end
 
 local outcome
 local known = look_at(root, 'state', 'alias', 'sticky', 'ttl_ms', 'fallback_ttl_ms', 'hops')
-if aim.state == 'completed' and redis.call('EXISTS', result_name(root)) == 1 then
+if has_result then
   outcome = 'aliased'
 elseif IN_FLIGHT[aim.state] and IN_FLIGHT[known.state] and not known.alias then
   outcome = 'linked'

@@ -19,7 +19,8 @@ local status = KEYS[1]
 local key, token, job_id, commands, data = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local delay_ms, kwargs, err, job = tonumber(ARGV[7]), ARGV[8], ARGV[9], ARGV[10]
 
-local claim = record(key, 'state', 'token', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms', 'limit')
+local claim = record(key, 'state', 'token', 'job_id', 'queue', 'priority', 'ticket', 'slot', 'est_ms', 'limit',
+  'attempts', 'worker', 'started_ms')
 
 if claim.job_id == job_id then return {'already'} end
 if claim.state ~= 'in_progress' or claim.token ~= token then
@@ -30,6 +31,7 @@ end
 requeue(key, claim, job_id, commands, data, job)
 redis.call('HINCRBY', status, 'retries', 1)
 redis.call('HSET', status, 'error', err)
+note_attempt(key, claim, 'retried', err)
 if kwargs ~= '' then redis.call('HSET', status, 'kwargs', kwargs) end
 if delay_ms > 0 then redis.call('HSET', status, 'due_ms', int(now_ms + delay_ms)) end
 count('executions', 'retried')

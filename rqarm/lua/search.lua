@@ -5,8 +5,8 @@
 --
 -- KEYS queues   set  logical queues that were ever used
 -- ARGV prefix   str  of every key of ours
--- ARGV places   str  where to look, in this order: in_progress, pending, completed, without_result, quarantined,
---                    largest, with_tag, with spaces between; '-' in front of one: from its end
+-- ARGV places   str  where to look, in this order: in_progress, pending, completed, failed, cancelled,
+--                    quarantined, largest, with_tag, with spaces between; '-' in front of one: from its end
 -- ARGV exact    str  keys that are looked at before all others, with spaces between
 -- ARGV state    str  '' = any; quarantined is one
 -- ARGV queue    str  '' = any
@@ -29,8 +29,8 @@ local cursor, limit, most = ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[12])
 -- Entries that are fetched from an index at a time.
 local STEP = 100
 
-local INDEXES = {in_progress = leases_name(), completed = results_name(), without_result = failures_name(),
-  quarantined = quarantine_name(), largest = sizes_name(), with_tag = tag_name(tag)}
+local INDEXES = {in_progress = leases_name(), completed = results_name(), failed = ended_name('failed'),
+  cancelled = ended_name('cancelled'), quarantined = quarantine_name(), largest = sizes_name(), with_tag = tag_name(tag)}
 local wanted_texts = cjson.decode(texts)
 
 local function is_wanted_text(key, uri)
@@ -45,7 +45,7 @@ end
 local function belongs(kind, its_state, is_aside)
   if kind == 'with_tag' then return true end
   if kind == 'quarantined' then return is_aside end
-  if kind == 'without_result' then return its_state == 'cancelled' or its_state == 'failed' and not is_aside end
+  if kind == 'failed' and is_aside then return false end
   return its_state == (kind == 'largest' and 'completed' or kind)
 end
 

@@ -170,6 +170,7 @@ elseif state == 'pending' or state == 'in_progress' then
     outcome = 'new'
   elseif state == 'in_progress' and not is_live and strikes + 1 >= max_attempts then
     redis.call('HINCRBY', status, 'crashes', 1)
+    note_attempt(key, claim, 'crashed', '')
     keep_payload()
     set_aside(key, claim, '', 'poison')
     count('executions', 'crashed')
@@ -177,6 +178,7 @@ elseif state == 'pending' or state == 'in_progress' then
     outcome = 'negative'
   elseif state == 'in_progress' and not is_live then
     redis.call('HINCRBY', status, 'crashes', 1)
+    note_attempt(key, claim, 'crashed', '')
     merge()
     replace_ticket()
     count('executions', 'crashed')

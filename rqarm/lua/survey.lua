@@ -10,6 +10,7 @@
 -- Returns {'survey', now_ms, temporary, sticky, bytes, counts, largest, sampled}
 -- Returns also: counts has one number for each bound and one for what lives longer; largest is key, record, expires_ms,
 -- size_bytes, ...; sampled is ended_ms, size_bytes, identity, envelope, ...
+-- (of an alias, which has none: redirect)
 
 local results = KEYS[1]
 local sample, largest, bounds = tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
@@ -37,11 +38,12 @@ local taken = math.min(sample, total - first)
 for i = 0, taken - 1 do
   local rank = int(first + math.floor(i * (total - first) / taken))
   local key = redis.call('ZRANGE', results, rank, rank)[1]
-  local fields = key and look_at(key, 'state', 'ended_ms', 'uri', 'uri_2', 'uri_3') or {}
+  local fields = key and look_at(key, 'state', 'ended_ms', 'alias', 'uri', 'uri_2', 'uri_3') or {}
   if fields.state == 'completed' then
     local n = #sampled
     sampled[n + 1], sampled[n + 2] = fields.ended_ms, redis.call('ZSCORE', sizes_name(), key) or '0'
-    sampled[n + 3], sampled[n + 4] = uri_of(fields), redis.call('HGET', result_name(key), 'envelope') or ''
+    sampled[n + 3] = uri_of(fields)
+    sampled[n + 4] = fields.alias and 'redirect' or redis.call('HGET', result_name(key), 'envelope') or ''
   end
 end
 return {'survey', int(now_ms), total - first - sticky, sticky, redis.call('HGET', stats_name('cache'), 'bytes') or '0',

@@ -28,6 +28,8 @@ local LOOKED_AT, TAKERS_KEPT = 1000, 10000
 -- How long a failure waits for a worker that wants to be told of it.
 local UNATTENDED_KEPT_US = 24 * 60 * 60 * 1000000
 local WAITING = {queued = true, deferred = true, started = true}
+-- How long an RQ worker that has popped a ticket may load the handlers before it starts the request, at least.
+local LOADING_MS = 10000
 
 local lapsed, ticketless = {}, {}
 
@@ -62,10 +64,20 @@ end
 local lengths = {}
 for rank, list in ipairs(lists) do lengths[rank] = redis.call('LLEN', list) end
 
-local function has_ticket(claim)
+-- An RQ worker is at the job. It forks and imports before it asks to start, and to replace its ticket meanwhile would
+-- only make it begin again. Nobody says when it popped, so it counts from the first look.
+local function is_loading(key, claim)
+  local job_id, seen_ms = string.match(claim.popped or '', '^(%S+) (%d+)$')
+  if job_id == claim.job_id then return now_ms < tonumber(seen_ms) + math.max(lease_ms, LOADING_MS) end
+  redis.call('HSET', status_name(key), 'popped', claim.job_id .. ' ' .. int(now_ms))
+  return true
+end
+
+local function has_ticket(key, claim)
   local rank = tonumber(claim.priority) + 1
   local delivery = redis.pcall('HGET', job_prefix .. claim.job_id, 'status')
   if type(delivery) ~= 'string' or not WAITING[delivery] then return false end
+  if delivery == 'started' then return is_loading(key, claim) end
   if lengths[rank] == 0 then return false end
   if lengths[rank] > LOOKED_AT and cursor > 0 then return true end
   return redis.call('LPOS', lists[rank], claim.job_id, 'MAXLEN', LOOKED_AT) or lengths[rank] > LOOKED_AT
@@ -73,13 +85,13 @@ end
 
 local function check_line(key)
   local claim = look_at(key, 'state', 'uri', 'uri_2', 'uri_3', 'queue', 'priority', 'job_id', 'pushed_ms',
-    'due_ms')
+    'due_ms', 'popped')
   if claim.state ~= 'pending' then
     redis.call('ZREM', pending_name(queue), key)
     -- What a vanished record added to the load is unknown; with the last of the line it goes at least then.
     if redis.call('ZCARD', pending_name(queue)) == 0 then redis.call('DEL', load_name(queue)) end
   elseif math.max(tonumber(claim.pushed_ms), tonumber(claim.due_ms) or 0) < now_ms - lease_ms
-    and not has_ticket(claim) then
+    and not has_ticket(key, claim) then
     report(ticketless, key, claim, claim.job_id)
   end
 end
@@ -104,6 +116,11 @@ local function tidy()
   if redis.call('HLEN', takers_name()) > TAKERS_KEPT then redis.call('DEL', takers_name()) end
   for _, key in ipairs(redis.call('ZRANGEBYSCORE', results_name(), '-inf', int(now_ms), 'LIMIT', 0, limit)) do
     if redis.call('EXISTS', result_name(key)) == 0 then drop_result(key, 'expired') end
+  end
+  for _, name in ipairs({ended_name('failed'), ended_name('cancelled')}) do
+    for _, key in ipairs(redis.call('ZRANGE', name, 0, limit - 1)) do
+      if redis.call('EXISTS', status_name(key)) == 0 then redis.call('ZREM', name, key) end
+    end
   end
   trim_quarantine(keep, limit)
   -- Failures of which nobody wants to be told. Their scores are tickets, times in microseconds.

@@ -14,15 +14,16 @@
 -- ARGV lease_ms    int   how long a silent taker keeps it
 -- ARGV job_prefix  str   of RQ's job hashes
 -- ARGV suspended   str   name of RQ's flag that suspends workers; '' = the pull interface
+-- ARGV is_last     0|1   this `exec` starts nothing from now on, though a call that was sent before may come yet
 -- ARGV lists       str   RQ's lists in their order, to the end; none: only what this `exec` has started before
 --
 -- Returns {'started', key, list, token, attempt, request, kwargs, retries, crashes, queue, priority, job_id, pushed_ms,
---   started_ms, uri, uri_2, uri_3, trace} | {'empty', last_event} | {'foreign', list} | {'suspended'}
--- Returns also: list is '' when this `exec` had started it before.
+--   started_ms, uri, uri_2, uri_3, trace} | {'empty', last_event} | {'foreign', list} | {'suspended'} | {'spent'}
+-- Returns also: list is '' when this `exec` had started it before; spent: that has ended, an `exec` starts once.
 
 local leases = KEYS[1]
 local prefix, exec, taker, worker, lease_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
-local job_prefix, suspended, lists = ARGV[6], ARGV[7], {unpack(ARGV, 8)}
+local job_prefix, suspended, is_last, lists = ARGV[6], ARGV[7], ARGV[8], {unpack(ARGV, 9)}
 local is_worker = suspended ~= ''
 
 -- Superseded tickets that are thrown away in one step, at the most.
@@ -71,22 +72,27 @@ local function next_ticket(list)
   end
 end
 
--- What this taker took last: a call that is sent again, because its reply was lost, gets the same key.
-local taken, from, foreign
+-- What this taker took last: a call that is sent again, because its reply was lost, gets the same key. No key has a dot.
+local NOTHING = '.'
+local taken, from, foreign, is_spent
 local last_exec, last_key = string.match(redis.call('HGET', takers_name(), taker) or '', '^(%S+) (%S+)$')
 if last_exec == exec then
   local last = record(last_key, unpack(BEFORE))
   if last.exec == exec then taken, from, last.key = last, '', last_key end
+  is_spent = not taken
+elseif is_last == '1' then
+  redis.call('HSET', takers_name(), taker, exec .. ' ' .. NOTHING)
 end
 
 local is_suspended = is_worker and not taken and redis.call('EXISTS', suspended) == 1
-for _, list in ipairs(is_suspended and {} or lists) do
+for _, list in ipairs((is_suspended or is_spent) and {} or lists) do
   if taken or foreign then break end
   taken, foreign = next_ticket(list)
   foreign, from = is_worker and foreign, list
 end
 
 if taken then return {'started', taken.key, from, attempt(taken)} end
+if is_spent then return {'spent'} end
 if is_suspended then return {'suspended'} end
 if foreign then return {'foreign', from} end
 local newest = redis.call('XREVRANGE', events_name(), '+', '-', 'COUNT', 1)

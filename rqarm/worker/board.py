@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rqarm.calls import NO_REQUEST, Attempt
 from rqarm.model import Key, Priority, Token
+from rqarm.replies import NO_REQUEST, Attempt
 from rqarm.request import BatchRequest
 
 #: bytes of a lane: a head, and two pages of which the head says which one counts

@@ -11,10 +11,11 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from rqarm.calls import EMISSIONS_KEPT, EMITTED_BYTES, Attempt, Call
+from rqarm.calls import EMISSIONS_KEPT, EMITTED_BYTES, Call
 from rqarm.errors import LeaseLost, RqarmError
 from rqarm.flows import Core
 from rqarm.following import pack_emission
+from rqarm.replies import Attempt
 
 log = logging.getLogger("rqarm.worker")
 

@@ -1,8 +1,8 @@
 """One execution, from ticket to end, whoever runs it.
 
 ``Execution`` is a flow: it matches, has the handler called, and ends the attempt in exactly one way: finished,
-retried, failed, or given up because it is no longer ours. Who drives it calls the handler and keeps its time.
-``perform`` is what an RQ job of ours runs under any RQ worker; the warm horse of rqarm.Worker has drivers of its own.
+retried, failed, or given up because it is no longer ours. Who drives it calls the handler and keeps its time:
+``Drive`` here, for ``perform`` and the horse; the lanes of rqarm.worker.lanes have drivers of their own.
 
 The record is the truth; RQ hears of a failure only so that its own tools show it.
 """
@@ -10,50 +10,48 @@ The record is the truth; RQ hears of a failure only so that its own tools show i
 from __future__ import annotations
 
 import asyncio
-import atexit
 import inspect
 import logging
-import os
 import random
-import socket
-import threading
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
 import redis
-import rq
-from rq.job import Job
+from rq.exceptions import ShutDownImminentException
+from rq.worker import BaseWorker
 
-from rqarm import codec, flows, followups, redirects, tracing
-from rqarm.calls import Attempt, NextUp
-from rqarm.codec import Result
-from rqarm.context import Context, Redirected, RetryLater, SetAside
+from rqarm import flows, followups, needs, packing, redirects, tracing
+from rqarm.calls import NextUp
+from rqarm.context import Context, Needed, Redirected, RetryLater, SetAside
 from rqarm.errors import (
+    AliasesFull,
     ConfigError,
     InvalidRequest,
     LeaseLost,
     NoHandler,
     RedirectLoop,
+    Refused,
     ResultTooLarge,
     RqarmError,
     UnpackableResult,
 )
 from rqarm.flows import Core
-from rqarm.handlers import MISS, FollowUpMatch, Handlers, Match, Route
+from rqarm.handlers import MISS, FollowUpMatch, Match
 from rqarm.manager import RequestManager
-from rqarm.model import Key, State
 from rqarm.quarantine import note_for, reason_for
+from rqarm.replies import Attempt
 from rqarm.request import BatchRequest
-from rqarm.rqjobs import key_of
+from rqarm.result import Result
+from rqarm.routes import Route
 from rqarm.shell import Shell
+from rqarm.worker import equipment
 from rqarm.worker.emitter import Emitter
 from rqarm.worker.limits import ALARM_DELAY, Alarm, Interruptible, await_in_time, in_time, time_limit
-from rqarm.worker.loading import load_handlers
 from rqarm.worker.patience import pause_after
 from rqarm.worker.traced import traced
 
@@ -75,193 +73,18 @@ HOPELESS = (
 PATIENCE = 1.0
 
 
-@dataclass(slots=True)
-class _Process:
-    """What lives as long as the process: the handlers, a manager for each connection, an event loop."""
-
-    pid: int
-    handlers: Handlers | None
-    managers: dict[tuple[str, int], RequestManager]
-    runner: asyncio.Runner | None = None
-    has_async_resources: bool = False
-    closes_at_exit: bool = False
-    #: two must not build them at the same time
-    building: asyncio.Lock | None = None
-
-
-_process = _Process(os.getpid(), None, {})
-
-
-def use_handlers(handlers: Handlers) -> None:
-    """The handlers of this process and of the horses that it forks, instead of those of RQARM_HANDLERS."""
-    this_process().handlers = handlers
-
-
-def this_process() -> _Process:
-    global _process
-    if _process.pid != os.getpid():
-        # a fork: handlers and managers are inherited (clients open connections of their own), event loops are not
-        _process = _Process(os.getpid(), _process.handlers, _process.managers)
-    return _process
-
-
-def handlers() -> Handlers:
-    """The handlers of this process, loaded at the first call. Raises ConfigError."""
-    process = this_process()
-    if process.handlers is None:
-        process.handlers = load_handlers()
-    return process.handlers
-
-
-def event_loop() -> asyncio.Runner:
-    """The event loop of this process."""
-    process = this_process()
-    if process.runner is None:
-        process.runner = asyncio.Runner()
-    return process.runner
-
-
-async def start_resources() -> None:
-    """Build the async resources of this process, on its event loop, once. Raises ResourceError."""
-    process = this_process()
-    if process.has_async_resources:
-        return
-    if process.building is None:
-        process.building = asyncio.Lock()
-    async with process.building:
-        if not process.has_async_resources:
-            await handlers().resources.start()
-            process.has_async_resources = True
-
-
-def close_resources() -> None:
-    """Tear down what handlers built in this process: its last job is done. What fails is logged."""
-    process = this_process()
-    if process.handlers is None:
-        return
-    try:
-        # on the loop also when only some of them could be built
-        if process.runner is not None and process.building is not None:
-            process.runner.run(process.handlers.resources.aclose())
-        else:
-            process.handlers.resources.close()
-    except Exception:
-        log.exception("a resource was not torn down")
-    process.has_async_resources = False
-    try:
-        tracing.flush()
-    except Exception:
-        log.exception("the last spans were not exported")
-
-
-def manager_for(namespace: str, connection: redis.Redis) -> RequestManager:
-    """The manager of a namespace on RQ's own connection."""
-    managers = this_process().managers
-    manager = managers.get((namespace, id(connection)))
-    if manager is None:
-        manager = managers[namespace, id(connection)] = RequestManager(connection=connection, namespace=namespace)
-    return manager
-
-
-def perform(namespace: str, key: str = "") -> None:
-    """Run the request of the current RQ job. This is the function of our RQ jobs; it returns nothing to RQ.
-
-    ``key``: given by jobs of an earlier form; else it stands in the job's id.
-
-    Raises what the handler raised when the request has failed for good, so that RQ's failed registry shows it.
-    """
-    job = rq.get_current_job()
-    if job is None:
-        raise RqarmError("rqarm.worker.perform is run by an RQ worker; to run a request yourself, use rm.queues")
-    key = key or key_of(job.id)
-    manager = manager_for(namespace, job.connection)
-    worker = worker_name(job)
-    attempt = manager.shell.run(flows.start(manager.core, Key(key), job.id, worker))
-    if isinstance(attempt, State):
-        log.info("%s: superseded, the request is %s", key, attempt)
-        return
-    execution = Execution(manager.core, attempt, worker, Hold())
-    try:
-        with _renewing(manager, execution):
-            Drive(execution, manager.shell).run(manager.shell.execute)
-    finally:
-        _sweep_now_and_then(manager)
-        known = this_process().handlers
-        if tracing.is_on() or (known is not None and known.resources.are_built):
-            _close_with_the_process(job)
-
-
-def _close_with_the_process(job: Job) -> None:
-    """RQ's Worker forks a process for each job and ends it with os._exit; its SimpleWorker runs all in its own."""
-    process = this_process()
-    try:
-        name = f"{rq.Worker.redis_worker_namespace_prefix}{job.worker_name}"
-        pid = job.connection.hget(name, "pid")
-    except redis.exceptions.RedisError as error:
-        log.warning("resources are not torn down, the worker's record was not read: %s", error)
-        return
-    if pid is not None and int(pid) != os.getpid():
-        close_resources()
-    elif not process.closes_at_exit:
-        process.closes_at_exit = True
-        atexit.register(close_resources)
-
-
-def worker_name(job: Job) -> str:
-    return str(job.worker_name or f"{socket.gethostname()}.{os.getpid()}")
-
-
-def _sweep_now_and_then(manager: RequestManager) -> None:
-    """A plain RQ worker has no maintenance of ours: whoever has just run a job looks for the dead, if nobody has."""
-    try:
-        manager.shell.run(flows.sweep_if_due(manager.core))
-        attend(manager)
-    except (redis.exceptions.RedisError, RqarmError) as error:
-        log.warning("the sweep did not run: %s", error)
-
-
 def on_failure(core: Core, attempt: Attempt, *, is_set_aside: bool) -> tuple[NextUp, ...]:
     """Who is to be told when the attempt fails for good."""
     try:
-        return followups.on_failure(core, attempt, handlers(), is_set_aside=is_set_aside)
+        return followups.on_failure(core, attempt, equipment.handlers(), is_set_aside=is_set_aside)
     except ConfigError:
         return ()  # handlers that cannot be loaded are why it fails
 
 
 def attend(manager: RequestManager) -> None:
     """See to failures of which nobody has been told. Raises RedisError, RqarmError."""
-    if made := manager.shell.run(followups.attend(manager.core, handlers())):
+    if made := manager.shell.run(followups.attend(manager.core, equipment.handlers())):
         log.info("%d follow-ups of requests whose processes had died were queued", made)
-
-
-@contextmanager
-def _renewing(manager: RequestManager, execution: Execution) -> Iterator[None]:
-    """Keep the lease from a thread: there is no parent that does."""
-    done = threading.Event()
-    thread = threading.Thread(target=_renew, args=(manager, execution, done), name="rqarm-renew", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _renew(manager: RequestManager, execution: Execution, done: threading.Event) -> None:
-    settings = manager.core.settings
-    good = time.monotonic()
-    while not done.wait(settings.renewal_or_default):
-        sent = time.monotonic()
-        try:
-            manager.shell.run(flows.renew(manager.core, execution.attempt))
-            good = sent
-        except LeaseLost:
-            execution.hold.lose()
-            return
-        except redis.exceptions.RedisError as error:
-            log.warning("%s: the lease was not renewed: %s", execution.attempt.key, error)
-            if time.monotonic() - good > settings.lease * 2 / 3:
-                execution.hold.lose()
 
 
 class Hold:
@@ -386,6 +209,10 @@ class Execution:
             if isinstance(match, FollowUpMatch):
                 given = yield from self._insist(followups.prepare(self.core, self.attempt, match))
             value = None if given is None else (yield from self._handle(given))
+            while isinstance(value, Needed) and given is not None:
+                if not (yield from self._need(value, route)):
+                    return
+                value = yield from self._handle(given)
             self._check()
             if isinstance(value, Redirected):
                 yield from self._redirect(value, match)
@@ -401,8 +228,8 @@ class Execution:
         """What the handler returned, or where it sent us: a value that is another request's is not stored again."""
         try:
             value = yield Handle(match)
-        except Redirected as redirected:
-            return redirected
+        except (Redirected, Needed) as wish:
+            return wish
         finally:
             if self._emitter is not None and self._emitter.is_busy:
                 yield Flush(self._emitter)
@@ -431,12 +258,25 @@ class Execution:
         )
         try:
             word = yield from self._insist(redirect)
-        except flows.Refused as refused:
-            packed, delay = codec.pack_error(refused), redirects.REFUSED_DELAY
-            yield from self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=None))
-            self._tell(f"retried in {delay:g} s", route, refused)
+        except Refused as refused:
+            yield from self._try_again_for(refused, route)
+            return
+        except AliasesFull as full:
+            try:
+                value = yield from self._insist(redirects.look_up(self.core, redirected.target))
+            except Redirected:
+                yield from self._try_again_for(full, route)
+                return
+            yield from self._insist(self._finish(match, value))
+            self._tell("completed", route)
             return
         self._tell(f"redirected to {redirects.name_of(self.core, redirected.target)}, {word}", route)
+
+    def _try_again_for(self, refusal: Exception, route: Route) -> Generator[Any, Any, None]:
+        """The target takes nobody at the moment."""
+        packed, delay = packing.pack_error(refusal), redirects.REFUSED_DELAY
+        yield from self._insist(flows.retry(self.core, self.attempt, packed, delay=delay, kwargs=None))
+        self._tell(f"retried in {delay:g} s", route, refusal)
 
     def look_up(self, target: BatchRequest) -> flows.Flow[Any]:
         """The cached result of another request. Raises Redirected when there is none."""
@@ -445,13 +285,27 @@ class Execution:
         return value
 
     def look_up_in(self, shell: Shell, target: BatchRequest) -> Any:
+        _refuse_on_a_loop("aget_or_redirect")
+        return shell.run(self.look_up(target))
+
+    def _need(self, needed: Needed, route: Route) -> Generator[Any, Any, bool]:
+        """Whether the handler can be called again now, because what it needs has ended. Else the attempt is over."""
         try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return shell.run(self.look_up(target))
-        raise RuntimeError(
-            "this blocks the event loop: write `await context.aget_or_redirect(...)` in an async handler"
-        )
+            word = yield from self._insist(needs.need(self.core, self.attempt, needed.requests))
+        except (Refused, AliasesFull) as refusal:
+            yield from self._try_again_for(refusal, route)
+            return False
+        if word != "ready":
+            self._tell(f"waits for {len(needed.requests)}", route)
+        return bool(word == "ready")
+
+    def require(self, requests: tuple[BatchRequest, ...]) -> flows.Flow[list[Any]]:
+        """The results of other requests. Raises Needed when some are missing."""
+        return needs.values_of(self.core, self.attempt, requests)
+
+    def require_in(self, shell: Shell, requests: tuple[BatchRequest, ...]) -> Any:
+        _refuse_on_a_loop("arequire")
+        return shell.run(self.require(requests))
 
     def _check(self) -> None:
         """A handler that stopped early because the attempt is lost may have returned half of its answer."""
@@ -476,6 +330,8 @@ class Execution:
             shell.execute,
             look_up=partial(self.look_up_in, shell),
             look_up_async=lambda target: asyncio.to_thread(shell.run, self.look_up(target)),
+            require=partial(self.require_in, shell),
+            require_async=lambda requests: asyncio.to_thread(shell.run, self.require(requests)),
         )
         with self.stopper or time_limit(limit, self.spent()):
             value = match.call(self.attempt.request, context)
@@ -501,11 +357,11 @@ class Execution:
         handling = self._with_resources(value, limit)
         if self.loop is not None:
             return asyncio.run_coroutine_threadsafe(handling, self.loop).result()
-        return event_loop().run(handling if self.span is None else tracing.within(self.span, handling))
+        return equipment.event_loop().run(handling if self.span is None else tracing.within(self.span, handling))
 
     async def _with_resources(self, value: Awaitable[Any], limit: float) -> Any:
         try:
-            await start_resources()
+            await equipment.start_resources()
         except BaseException:
             if inspect.iscoroutine(value):
                 value.close()  # nobody will await it
@@ -536,7 +392,7 @@ class Execution:
             self.attempt.key,
             self.attempt.number,
             self.attempt.kwargs,
-            handlers().resources,
+            equipment.handlers().resources,
             report,
             self.hold.is_lost,
             self.began + self.limit,
@@ -551,12 +407,12 @@ class Execution:
         if self.loop is not None:
             asyncio.run_coroutine_threadsafe(emitter.flush(), self.loop).result()
         else:
-            event_loop().run(emitter.flush())
+            equipment.event_loop().run(emitter.flush())
 
     def match(self) -> Match:
         """The route that takes the request. Raises NoHandler, InvalidRequest, ConfigError."""
         if self._match is None:
-            self._match = handlers().match(self.attempt.request)
+            self._match = equipment.handlers().match(self.attempt.request)
         return self._match
 
     @property
@@ -600,11 +456,15 @@ class Execution:
 
     def _end_badly(self, error: BaseException, route: Route | None) -> Steps:
         try:
+            if _is_shutdown(error):
+                yield from self._insist(flows.release(self.core, self.attempt))
+                self._tell("handed back", route)
+                return
             delay = self._retry_delay(error, route)
             if delay is not None:
                 kwargs = dict(error.kwargs) if isinstance(error, RetryLater) and error.kwargs else None
                 yield from self._insist(
-                    flows.retry(self.core, self.attempt, codec.pack_error(error), delay=delay, kwargs=kwargs)
+                    flows.retry(self.core, self.attempt, packing.pack_error(error), delay=delay, kwargs=kwargs)
                 )
                 self._tell(f"retried in {delay:g} s", route, error)
                 return
@@ -663,6 +523,26 @@ class Execution:
         tell(self.core, self.attempt, self.worker, route, outcome, self.spent(), error, is_found=is_found)
 
 
+def _refuse_on_a_loop(better: str) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise RuntimeError(f"this blocks the event loop: write `await context.{better}(...)` in an async handler")
+
+
+def _is_shutdown(error: BaseException) -> bool:
+    """Whether an RQ worker that runs handlers in this thread is made to end, which is not the request's fault.
+
+    HerokuWorker raises an exception of its own in the handler. SimpleWorker's second signal raises SystemExit there, as
+    a handler may do itself: who raised it is told by the traceback.
+    """
+    if not isinstance(error, SystemExit):
+        return isinstance(error, ShutDownImminentException)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_code is BaseWorker.request_force_stop.__code__
+
+
 def fail_for_good(core: Core, attempt: Attempt, error: BaseException, match: Match | None) -> flows.Flow[None]:
     """End the request with this error as its route wants it: set aside, or with a record for a while."""
     route = match.route if match is not None else None
@@ -670,7 +550,7 @@ def fail_for_good(core: Core, attempt: Attempt, error: BaseException, match: Mat
     yield from flows.fail(
         core,
         attempt,
-        codec.pack_error(error),
+        packing.pack_error(error),
         failure_ttl=route.failure_ttl if route is not None else None,
         negative_ttl=route.negative_for(error) if route is not None else None,
         reason=reason,

@@ -27,14 +27,16 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from rq.exceptions import NoSuchJobError
 
 from rqarm import flows
-from rqarm.calls import Attempt, Batch, Call, Taken, UnreadableRequest, ms
+from rqarm.calls import Batch, Call, ms
 from rqarm.errors import LeaseLost, RqarmError
 from rqarm.manager import RequestManager
-from rqarm.shell import Sent
-from rqarm.worker import execution
+from rqarm.replies import Attempt, Taken, UnreadableRequest
+from rqarm.shell import Sent, Shell
+from rqarm.worker import equipment, execution
 from rqarm.worker.board import RESTING, Board
 from rqarm.worker.execution import Execution, Hold
 from rqarm.worker.limits import Alarm
@@ -77,59 +79,93 @@ class Order:
 
 
 class Waiting:
-    """Learn that one of RQ's lists holds something, without taking it out.
+    """Learn that one of RQ's lists holds something, without taking it out; and take it in the same answer.
 
     BLMOVE from the left of a list to the left of the same list changes nothing and blocks while it is empty. One
-    connection for each list; what waits on the server stays there from one wait to the next.
+    connection for each list; what waits on the server stays there from one wait to the next. A server looks at what is
+    sent behind a command that blocks when that is over: a take behind it needs no round trip of its own.
     """
 
-    def __init__(self, pool: Any, lists: tuple[str, ...], seconds: float) -> None:
-        self._pool, self._lists, self._seconds = pool, lists, seconds
-        self._connections: dict[str, Any] = {}
+    def __init__(self, shell: Shell, lists: tuple[str, ...], seconds: float) -> None:
+        self._shell, self._lists, self._seconds = shell, lists, seconds
+        self._pool: Any = shell.client.connection_pool
+        #: connections by list, and what was sent behind the command that blocks; those that wait for their next turn
+        self._connections: dict[str, tuple[Any, Call[Taken] | None]] = {}
+        self._spare: list[Any] = []
 
-    def arm(self) -> list[int]:
+    def arm(self, take: Call[Taken] | None = None) -> list[int]:
         """Wait on the server; the sockets on which it will say so. Raises RedisError, OSError."""
-        self.collect()
         try:
-            return [self._ask(name) for name in self._lists]
+            return [self._ask(name, take) for name in self._lists]
         except (RedisError, OSError):
             self.close()
             raise
 
-    def collect(self) -> None:
-        """Hear what the server has said. Raises RedisError, OSError."""
+    def collect(self) -> list[tuple[Call[Taken], Taken | Exception]]:
+        """Hear what the server has said: the takes that it has answered, and how. Raises RedisError, OSError."""
+        told: list[tuple[Call[Taken], Taken | Exception]] = []
         try:
-            sockets = {self._ask(name): name for name in list(self._connections)}
+            sockets = {self._socket(connection): name for name, (connection, _) in self._connections.items()}
             ready, _, _ = select.select(list(sockets), [], [], 0) if sockets else ([], [], [])
             for socket in ready:
-                self._connections[sockets[socket]].read_response()
-                self._pool.release(self._connections.pop(sockets[socket]))
+                connection, take = self._connections[sockets[socket]]
+                connection.read_response()
+                if take is not None:
+                    told.append((take, self._answer(take, connection)))
+                del self._connections[sockets[socket]]
+                self._spare.append(connection)
         except (RedisError, OSError):
             self.close()
             raise
+        return told
 
-    def wait(self, other: int) -> None:
-        """Sleep until a list or the file ``other`` has something, or the time is over. Raises RedisError, OSError."""
-        sockets = self.arm()
-        ready, _, _ = select.select([other, *sockets], [], [], self._seconds + 1)
-        if not ready:
-            self.close()  # the server should have said so by now
+    def _answer(self, take: Call[Taken], connection: Any) -> Taken | Exception:
+        try:
+            return self._shell.answer(take, connection)
+        except (RedisConnectionError, RedisTimeoutError, OSError):
+            raise
+        except (RedisError, RqarmError) as error:
+            return error
 
-    def _ask(self, name: str) -> int:
-        connection = self._connections.get(name)
-        if connection is None:
-            connection = self._pool.get_connection()
-            self._connections[name] = connection
-            connection.send_command("BLMOVE", name, name, "LEFT", "LEFT", f"{self._seconds:.3f}")
+    def wait(self, other: int, take: Call[Taken]) -> Taken | Exception | None:
+        """Sleep until a list or the file ``other`` has something, or the time is over. The answer to the take, if it
+        has come. Raises RedisError, OSError.
+        """
+        told = self.collect()
+        if not any(asked is take for asked, _ in told):
+            ready, _, _ = select.select([other, *self.arm(take)], [], [], self._seconds + 1)
+            if not ready:
+                self.close()  # the server should have said so by now
+            told = self.collect()
+        answers = [answer for asked, answer in told if asked is take]
+        # two lists may answer: the one first, with nothing, and then the other
+        return next((answer for answer in answers if _has_begun(answer)), answers[-1] if answers else None)
+
+    def _ask(self, name: str, take: Call[Taken] | None) -> int:
+        if name not in self._connections:
+            connection = self._spare.pop() if self._spare else self._pool.get_connection()
+            self._connections[name] = connection, take
+            block = ("BLMOVE", name, name, "LEFT", "LEFT", f"{self._seconds:.3f}")
+            connection.send_packed_command(self._shell.packed(connection, block, *(() if take is None else (take,))))
+        return self._socket(self._connections[name][0])
+
+    @staticmethod
+    def _socket(connection: Any) -> int:
         if connection._sock is None:
             raise RedisConnectionError("the connection that waits for work was closed")
         return int(connection._sock.fileno())
 
     def close(self) -> None:
-        for connection in self._connections.values():
+        """What was sent may be done all the same."""
+        for connection in [*self._spare, *(connection for connection, _ in self._connections.values())]:
             connection.disconnect()
             self._pool.release(connection)
         self._connections.clear()
+        self._spare.clear()
+
+
+def _has_begun(taken: Taken | Exception) -> bool:
+    return isinstance(taken, UnreadableRequest) or (isinstance(taken, Taken) and taken.attempt is not None)
 
 
 class Lane:
@@ -161,6 +197,10 @@ class Lane:
         self.is_unanswered = False
         if attempt is not None or isinstance(taken, UnreadableRequest):
             self.number += 1
+        elif reason == "spent":
+            self.number += 1
+            self._horse.board.show(self.index, self.number, None)
+            reason = ""
         if attempt is not None:
             self.next = attempt
             self.promise(True)
@@ -221,7 +261,7 @@ class Horse:
     def __init__(self, worker: Worker, board: Board, parent: Connection) -> None:
         self.worker, self.board, self.parent = worker, board, parent
         self.settings = worker.settings
-        self.manager: RequestManager = execution.manager_for(self.settings.namespace, worker.connection)
+        self.manager: RequestManager = equipment.manager_for(self.settings.namespace, worker.connection)
         self.core = self.manager.core
         #: requests that run, and that have ended
         self.in_hand, self.ended = 0, 0
@@ -238,7 +278,7 @@ class Horse:
             while (order := self.parent.recv()) is not None:
                 if isinstance(order, Order):  # else it belonged to the order before
                     self.parent.send((self.serve(order), tuple(queue.name for queue in self.worker.ordered_queues)))
-        execution.close_resources()
+        equipment.close_resources()
 
     def serve(self, order: Order) -> str:
         """Run requests until there is a reason to come back; which."""
@@ -250,7 +290,7 @@ class Horse:
         self._last = self.ended + order.quota if order.quota else 0
         self.is_halted = False
         self.board.wait(0)
-        return Waiting(self.worker.connection.connection_pool, self.lists(), self.settings.lease)
+        return Waiting(self.manager.shell, self.lists(), self.settings.lease)
 
     @property
     def is_counting(self) -> bool:
@@ -261,13 +301,13 @@ class Horse:
         """RQ's lists in the order that is next."""
         return self.worker.ordered_lists
 
-    def take(self, lane: int, number: int, lists: tuple[str, ...] | None = None) -> Call[Taken]:
+    def take(self, lane: int, number: int) -> Call[Taken]:
         """Ask for the next request of the lists, to be the lane's turn of this number."""
         name = self.worker.name
         execution = execution_id(self.board.nonce, lane, number)
-        lease_ms = ms(self.settings.lease)
-        lists = self.lists() if lists is None else lists
-        return self.core.calls.take(lists, execution, taker(name, lane), name, lease_ms, for_rq=True)
+        return self.core.calls.take(
+            self.lists(), execution, taker(name, lane), name, ms(self.settings.lease), for_rq=True
+        )
 
     def took(self, taken: Taken | Exception) -> tuple[Attempt | None, str]:
         """What was taken, and else why nothing was. Raises what the server refused with."""
@@ -321,11 +361,13 @@ class Horse:
             log.warning("%s: not handed back, its lease ends: %s", attempt.key, error)
 
     def give_up(self, lane: int, number: int) -> None:
-        """A turn that was asked for and never answered: should the server have given it, it goes back."""
+        """What was asked for and never answered: should the server have given it, it goes back; else it never will."""
+        name, execution = self.worker.name, execution_id(self.board.nonce, lane, number)
         try:
-            taken = self.manager.shell.execute(self.take(lane, number, lists=()))
+            taken = self.manager.shell.execute(taken_as(self.core, execution, taker(name, lane), name, is_last=True))
             if taken.attempt is not None:
                 self.manager.shell.run(flows.release(self.core, taken.attempt))
+            self.board.show(lane, number, None)
         except (RedisError, RqarmError) as error:
             log.warning("a request may be lost to us until its lease ends: %s", error)
 
@@ -380,6 +422,8 @@ class OneHorse(Horse):
         self._has_slept = False
         #: turns that were asked for, and of which nobody knows whether the server has given them
         self._unanswered: deque[int] = deque()
+        #: the take of one of them that waits on the server, behind an empty list
+        self._armed: Call[Taken] | None = None
         #: seconds that a request of a route takes, on average
         self._paces: dict[str, float] = {}
         self._alarm = Alarm()
@@ -391,8 +435,9 @@ class OneHorse(Horse):
             reason = self._serve(order, waiting)
         finally:
             waiting.close()
+        self._armed = None
         while self._unanswered:
-            number = self._unanswered.pop()
+            number = self._unanswered.popleft()
             self.give_up(number % self.board.lanes, number)
         return reason
 
@@ -422,15 +467,26 @@ class OneHorse(Horse):
             reason, self._reason = self._reason, ""
             return reason
         self.hand_back()
-        if not self._unanswered:
-            self._number += 1
-            self._unanswered.append(self._number)
-        number = self._unanswered[0]
+        number = self._next_turn()
         try:
             taken: Taken | Exception = self.manager.shell.execute(self._take(number))
         except UnreadableRequest as unread:
             taken = unread
+        return self._heard(number, taken)
+
+    def _next_turn(self) -> int:
+        """The turn to ask for: one that was never answered, else a new one."""
+        if not self._unanswered:
+            self._number += 1
+            self._unanswered.append(self._number)
+        return self._unanswered[0]
+
+    def _heard(self, number: int, taken: Taken | Exception) -> str:
+        """The answer for the turn that is asked for."""
+        if self._armed is not None and isinstance(taken, Taken) and taken.reason not in ("", "spent"):
+            return taken.reason  # it has not begun, and the server has another call for it
         self._unanswered.popleft()
+        self._armed = None
         return self._took(number, taken)
 
     def _take(self, number: int) -> Call[Taken]:
@@ -442,6 +498,7 @@ class OneHorse(Horse):
         lane = number % self.board.lanes
         if attempt is None:
             self.board.show(lane, number, None)
+            reason = "" if reason == "spent" else reason
         else:
             self.in_hand += 1
             hold = Hold(lambda: self.board.must_stop(lane, number))
@@ -551,10 +608,16 @@ class OneHorse(Horse):
         self.board.show(ride.lane, ride.number, None)
 
     def _sleep(self, waiting: Waiting) -> str:
+        """Until something is queued, or the parent speaks. What was queued has been taken then."""
         self.board.wait(self.board.waits_since() or time.monotonic())
-        waiting.wait(self.parent.fileno())
-        for _ in self.messages():
-            pass
+        number = self._next_turn()
+        self._armed = self._armed or self._take(number)
+        taken = waiting.wait(self.parent.fileno(), self._armed)
+        if taken is None or self.board.is_called():
+            for _ in self.messages():
+                pass
+        if isinstance(taken, Taken | UnreadableRequest):
+            self._reason = self._heard(number, taken)
         return ""
 
     def _patiently(self, ask: Callable[[], str]) -> str:
@@ -596,6 +659,11 @@ def taker(worker: str, lane: int) -> str:
 def execution_id(nonce: str, lane: int, number: int) -> str:
     """The id of a lane's turn. So the parent of a dead horse can ask what the turn not yet on the board has taken."""
     return f"{nonce}.{lane}.{number}"
+
+
+def taken_as(core: flows.Core, execution: str, taker: str, worker: str, *, is_last: bool) -> Call[Taken]:
+    """What this execution has taken. ``is_last``: it takes nothing any more, whatever is still on its way."""
+    return core.calls.take((), execution, taker, worker, ms(core.settings.lease), for_rq=True, is_last=is_last)
 
 
 def resident_mib() -> float:

@@ -23,10 +23,11 @@ from redis.exceptions import RedisError
 from rq.timeouts import TimerDeathPenalty
 
 from rqarm import flows
-from rqarm.calls import Attempt, Batch
+from rqarm.calls import Batch
 from rqarm.errors import LeaseLost, RqarmError
 from rqarm.handlers import Match
-from rqarm.worker import execution
+from rqarm.replies import Attempt
+from rqarm.worker import equipment, execution
 from rqarm.worker.board import Board
 from rqarm.worker.execution import Execution, Flush, Handle, Pause
 from rqarm.worker.horse import LEAVING_A_JOB, Horse, Lane, Order, Waiting
@@ -164,7 +165,7 @@ class ManyHorse(Horse):
         self._refusals = 0
 
     def serve(self, order: Order) -> str:
-        return execution.event_loop().run(self._serve(order, self.begin(order)))
+        return equipment.event_loop().run(self._serve(order, self.begin(order)))
 
     async def _serve(self, order: Order, waiting: Waiting) -> str:
         loop = asyncio.get_running_loop()
@@ -397,7 +398,7 @@ class ManyHorse(Horse):
         await through(run.flow(), answer)
 
     async def _call(self, run: Execution, match: Match, lane: Lane) -> Any:
-        await execution.start_resources()
+        await equipment.start_resources()
         if run.hold.is_lost():
             raise LeaseLost(run.attempt.key, "cancelled or taken over")  # nobody could stop it yet
         context = run.context(
@@ -406,6 +407,8 @@ class ManyHorse(Horse):
             self._pump.execute,
             look_up=partial(run.look_up_in, self.manager.shell),
             look_up_async=lambda target: through(run.look_up(target), self._pump.execute),
+            require=partial(run.require_in, self.manager.shell),
+            require_async=lambda requests: through(run.require(requests), self._pump.execute),
         )
         handling = asyncio.ensure_future(
             await_in_time(match.call(run.attempt.request, context), run.limit, run.spent())

@@ -38,8 +38,9 @@ def _load(spec: str) -> Handlers:
     where, _, attribute = spec.rpartition(":") if ":" in spec else (spec, "", DEFAULT_ATTRIBUTE)
     try:
         module = _file(Path(where)) if where.endswith(".py") else _module(where)
-    except (ImportError, OSError, SyntaxError) as error:
-        raise ConfigError(f"handlers {spec!r}: cannot import {where!r}: {error}") from error
+    except Exception as error:  # a module may raise anything when it is imported
+        what = error if isinstance(error, ImportError | OSError | SyntaxError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"handlers {spec!r}: cannot import {where!r}: {what}") from error
     found = getattr(module, attribute, None)
     if not isinstance(found, Handlers):
         raise ConfigError(f"handlers {spec!r}: {where!r} has no Handlers named {attribute!r}, but {found!r}")

@@ -31,7 +31,7 @@ from rqarm.config import Settings
 from rqarm.errors import RqarmError
 from rqarm.manager import RequestManager
 from rqarm.version import __version__
-from rqarm.worker import execution
+from rqarm.worker import equipment, execution
 from rqarm.worker.horse import Order
 from rqarm.worker.patience import pause_after
 from rqarm.worker.processes import kill_group, leash_forks
@@ -83,7 +83,7 @@ class Worker(rq.Worker):
 
     def bootstrap(self, *args: Any, **kwargs: Any) -> None:
         """Raises ConfigError: who cannot load the handlers must not take requests from those who can."""
-        execution.handlers()
+        equipment.handlers()
         leash_forks()
         super().bootstrap(*args, **kwargs)
 
@@ -115,6 +115,8 @@ class Worker(rq.Worker):
         return int(connect.READ_TIMEOUT_S)
 
     def set_state(self, state: str, pipeline: Any = None) -> None:
+        if self.is_horse:
+            return  # it would say busy when it tells RQ of a failure, and nobody would say idle: the parent knows
         super().set_state(state, pipeline)
         self.shown_state = state
 
@@ -152,7 +154,7 @@ class Worker(rq.Worker):
             return
         self._swept = now + self.settings.lease / 3 * random.uniform(0.8, 1.2)
         try:
-            manager = execution.manager_for(self.settings.namespace, self.connection)
+            manager = equipment.manager_for(self.settings.namespace, self.connection)
             if healed := manager.shell.run(flows.sweep(manager.core)):
                 log.warning("set %d requests going again that had died", healed)
             execution.attend(manager)
@@ -318,7 +320,7 @@ class Worker(rq.Worker):
             return bool(super().perform_job(job, queue, rq_execution))
         finally:
             if not self.is_warm:
-                execution.close_resources()
+                equipment.close_resources()
 
     # -- what people ask of a worker
 
@@ -369,7 +371,7 @@ class Worker(rq.Worker):
     def teardown(self) -> None:
         self._is_over = True
         if not self.is_horse:
-            self._stable.retire()
+            self._stable.close()
         super().teardown()  # type: ignore[no-untyped-call]
 
     def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:

@@ -19,18 +19,19 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 from rq.worker import WorkerStatus
 
-from rqarm import codec, flows
-from rqarm.calls import Attempt, Batch, Taken, UnreadableRequest, ms
+from rqarm import flows, packing
+from rqarm.calls import Batch, ms
 from rqarm.errors import LeaseLost, RequestUnknown, RqarmError
 from rqarm.handlers import Match
 from rqarm.manager import RequestManager
 from rqarm.model import State
 from rqarm.quarantine import note_for
+from rqarm.replies import Attempt, Taken, UnreadableRequest
 from rqarm.shell import sibling
-from rqarm.worker import execution
+from rqarm.worker import equipment, execution
 from rqarm.worker.board import Board, Turn
 from rqarm.worker.execution import WorkHorseDied
-from rqarm.worker.horse import PLACES, Order, execution_id, gallop, taker
+from rqarm.worker.horse import PLACES, Order, execution_id, gallop, taken_as, taker
 from rqarm.worker.limits import TimeLimit
 from rqarm.worker.patience import pause_after
 from rqarm.worker.processes import kill_group
@@ -294,6 +295,20 @@ class Stable:
         wait([horse.line if horse.file is None else horse.file], RETIREMENT)
         self._bury(horse)
 
+    def close(self) -> None:
+        """The worker ends: no horse, and nothing of the parent's own stays open."""
+        self.retire()
+        if self._manager is not None:
+            client = self._manager.connection
+            self._manager.close()
+            client.close()
+            client.connection_pool.disconnect()
+            self._manager = None
+        if self._bell >= 0:
+            os.close(self._ear)
+            os.close(self._bell)
+            self._ear = self._bell = -1
+
     # -- watching
 
     def _guard(self, horse: _Animal) -> None:
@@ -507,17 +522,15 @@ class Stable:
         """What the horse had taken but not yet shown: no handler has seen it."""
         board = horse.board
         found = [
-            self.worker.patiently(lambda turn=turn: self._taken_as(board, *turn))  # type: ignore[misc]
+            self.worker.patiently(lambda turn=turn: self._taken_as(board, *turn, is_dead=True))  # type: ignore[misc]
             for turn in self._unshown(board)
         ]
         return [attempt for attempt in found if attempt is not None]
 
-    def _taken_as(self, board: Board, lane: int, number: int) -> Attempt | None:
-        """What the horse has taken to be this turn."""
-        name = self.worker.name
-        call = self.manager.core.calls.take(
-            (), execution_id(board.nonce, lane, number), taker(name, lane), name, ms(self.settings.lease), for_rq=True
-        )
+    def _taken_as(self, board: Board, lane: int, number: int, *, is_dead: bool = False) -> Attempt | None:
+        """What the horse has taken to be this turn. If it is dead, what it has sent takes nothing any more."""
+        name, execution = self.worker.name, execution_id(board.nonce, lane, number)
+        call = taken_as(self.manager.core, execution, taker(name, lane), name, is_last=is_dead)
         try:
             taken: Taken = self.manager.shell.execute(call)
         except UnreadableRequest as unread:
@@ -554,7 +567,7 @@ class Stable:
             elif run.death in ("crash", "lease"):
                 error = WorkHorseDied(obituary)
                 note = note_for(self._match(attempt), attempt.kwargs)
-                outcome = shell.run(flows.crash(core, attempt, codec.pack_error("WorkHorseDied", obituary, ""), note))
+                outcome = shell.run(flows.crash(core, attempt, packing.pack_error("WorkHorseDied", obituary, ""), note))
                 if outcome not in ("requeued", "quarantined"):
                     raise LeaseLost(attempt.key, outcome)
                 if outcome == "quarantined":
@@ -574,7 +587,7 @@ class Stable:
     @staticmethod
     def _match(attempt: Attempt) -> Match | None:
         try:
-            return execution.handlers().match(attempt.request)
+            return equipment.handlers().match(attempt.request)
         except RqarmError:
             return None
 

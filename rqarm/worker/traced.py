@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
-from rqarm import codec, tracing
+from rqarm import packing, tracing
 from rqarm.calls import Call
 from rqarm.context import RetryLater
 from rqarm.errors import RqarmError
@@ -93,7 +93,7 @@ def _end(run: Execution, span: tracing.Span, end_ns: int | None) -> None:
     outcome, error = run.outcome.partition(" in ")[0].partition(" to ")[0], run.error
     span.set(rqarm__outcome=outcome)
     if error is not None and outcome in ("failed", "retried") and not isinstance(error, RetryLater):
-        told = codec.unpack_error(codec.pack_error(error))
+        told = packing.unpack_error(packing.pack_error(error))
         # the same value may be written in one way in the URI as given, and in another in the canonical one
         request, secret = run.attempt.request, run.core.settings.secret_params
         texts = [

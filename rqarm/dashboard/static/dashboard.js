@@ -27,9 +27,9 @@
     if (!fresh) { return; }
     var active = document.activeElement;
     var name = active && live.contains(active) ? active.dataset.focus || active.getAttribute("href") : null;
-    var open = Array.prototype.map.call(live.querySelectorAll("details[open][id]"), function (each) { return each.id; });
+    var before = Array.from(live.querySelectorAll("details[id]"));
     live.replaceChildren.apply(live, Array.from(fresh.childNodes));
-    open.forEach(function (id) { var each = document.getElementById(id); if (each) { each.open = true; } });
+    before.forEach(function (was) { var each = document.getElementById(was.id); if (each) { each.open = was.open; } });
     if (name) {
       var again = Array.from(live.querySelectorAll("a, button, summary")).find(function (each) {
         return (each.dataset.focus || each.getAttribute("href")) === name;

@@ -1,19 +1,19 @@
-"""Read-only answers that are put together from more than one source: ``explain``."""
+"""Why a request has its key, and what a submit of it would do now."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from rqarm.calls import Batch, Found
+from rqarm.calls import Batch
 from rqarm.flows import Core, Flow
-from rqarm.model import Key, Outcome, State
+from rqarm.model import Key, Outcome, State, View
+from rqarm.replies import Found
 from rqarm.request import BatchRequest, as_request
 from rqarm.uri import Step, canonicalize
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(View):
     """Why a request has its key. ``would``: the outcome that a submit would have now."""
 
     uri: str
@@ -23,18 +23,6 @@ class Explanation:
     steps: tuple[Step, ...]
     state: State
     would: Outcome
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON types."""
-        return {
-            "uri": self.uri,
-            "canonical": self.canonical,
-            "identity": self.identity,
-            "key": str(self.key),
-            "steps": [{"rule": step.rule, "before": step.before, "after": step.after} for step in self.steps],
-            "state": str(self.state),
-            "would": str(self.would),
-        }
 
 
 def explain(core: Core, request: BatchRequest | str) -> Flow[Explanation]:
