@@ -150,17 +150,16 @@ def test_a_connection_cut_at_any_command_of_the_horse_costs_no_execution(
     lives.check()
 
 
-@pytest.mark.parametrize("concurrency", [1, 3])
-def test_what_was_taken_unheard_while_the_worker_is_told_to_stop_goes_back(lives: Lives, concurrency: int) -> None:
+def test_what_was_taken_unheard_while_the_worker_is_told_to_stop_goes_back(lives: Lives) -> None:
     """Rows 10, 15: the reply is lost, and nobody will ask for it again."""
-    worker = lives.hire(concurrency=concurrency)
+    worker = lives.hire(concurrency=3)
     lives.live("/add/1/1")
     lives.proxy.arm("after", command="EVALSHA", sender=lives.horse(worker), then=partial(worker.signal, signal.SIGTERM))
     key = lives.team.rm.submit("/add/2/1").key
     assert worker.wait() == 0
     status = lives.team.rm.status(key)
     assert (status.state, status.attempts, lives.crashes(status)) == (State.PENDING, 0, 0)
-    lives.hire(concurrency=concurrency)
+    lives.hire(concurrency=3)
     lives.team.settle(key)
     lives.keys.append(key)
     lives.check()

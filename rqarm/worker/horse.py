@@ -424,6 +424,8 @@ class OneHorse(Horse):
         self._unanswered: deque[int] = deque()
         #: the take of one of them that waits on the server, behind an empty list
         self._armed: Call[Taken] | None = None
+        #: a wait has failed, and the take behind it may have begun something
+        self._is_unheard = False
         #: seconds that a request of a route takes, on average
         self._paces: dict[str, float] = {}
         self._alarm = Alarm()
@@ -610,9 +612,15 @@ class OneHorse(Horse):
     def _sleep(self, waiting: Waiting) -> str:
         """Until something is queued, or the parent speaks. What was queued has been taken then."""
         self.board.wait(self.board.waits_since() or time.monotonic())
+        if self._is_unheard:
+            self._reason = self._ask()  # it would be in no list any more
+            self._is_unheard = False
+            return ""
         number = self._next_turn()
         self._armed = self._armed or self._take(number)
+        self._is_unheard = True
         taken = waiting.wait(self.parent.fileno(), self._armed)
+        self._is_unheard = False
         if taken is None or self.board.is_called():
             for _ in self.messages():
                 pass
