@@ -343,6 +343,9 @@ MUTANTS = [
         "",
     ),
     Mutant("inspect-looks-at-the-end-only", "lua/inspect.lua", "if time ~= '' then note", "if false then note"),
+    Mutant(
+        "late-take-of-an-earlier-turn", "lua/take.lua", "elseif is_older(exec, last_exec) then", "elseif false then"
+    ),
     Mutant("execution-starts-twice", "lua/take.lua", "  is_spent = not taken\n", ""),
     Mutant(
         "take-of-the-dead-stays-open",
