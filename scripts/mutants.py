@@ -374,6 +374,9 @@ MUTANTS = [
     Mutant("retry-leaves-no-note", "lua/retry.lua", "note_attempt(key, claim, 'retried', err)\n", ""),
     Mutant("attempt-of-nobody", "lua/crash.lua", ", 'worker', 'started_ms')", ")"),
     Mutant("inspect-looks-at-the-end-only", "lua/inspect.lua", "if time ~= '' then note", "if false then note"),
+    Mutant(
+        "late-take-of-an-earlier-turn", "lua/take.lua", "elseif is_older(exec, last_exec) then", "elseif false then"
+    ),
     Mutant("execution-starts-twice", "lua/take.lua", "  is_spent = not taken\n", ""),
     Mutant(
         "take-of-the-dead-stays-open",

@@ -202,6 +202,20 @@ def test_an_execution_starts_once(rig: Rig, end: str) -> None:
     assert rig.ask(rig.take_any(lists, "horse.2", for_rq=True)).attempt is not None
 
 
+def test_an_execution_starts_nothing_behind_a_later_one_of_its_taker(rig: Rig) -> None:
+    """It may have waited behind another list for as long as that was empty, while the worker was busy with this one."""
+    lists = rig.jobs.lists("arm")
+    for number in (2, 10):
+        rig.seed("pending", f"/{number}")
+        rig.reply(rig.complete(rig.ask(rig.take_any(lists, f"horse.{number}", for_rq=True)).attempt))
+    rig.seed("pending", "/waits")
+    before = stored(rig)
+    for is_last in (False, True):
+        assert rig.ask(rig.take_any(lists, "horse.2", for_rq=True, is_last=is_last)).reason == "spent"
+    assert stored(rig) == before, "a refusal writes nothing"
+    assert rig.ask(rig.take_any(lists, "other.2", for_rq=True)).attempt is not None
+
+
 def test_an_execution_that_is_given_up_starts_nothing(rig: Rig) -> None:
     """Whichever comes first, what a dead horse has sent or the question of its parent: nothing is taken in between."""
     lists = rig.jobs.lists("arm")

@@ -530,6 +530,19 @@ class Machine(RuleBasedStateMachine):
             self.drop_aliases(uri)
             del self.world.records[uri]
             self.world.payloads.pop(uri, None)
+            self.nobody_knows(uri)
+
+    def nobody_knows(self, uri: str) -> None:
+        """The record has just gone, and somebody else still wants something of it."""
+        key, seen = self.key(uri), f"{self.key(uri)}-00000000"
+        ticket = self.rig.ticket(BatchRequest(uri))
+        for call in (
+            self.rig.calls.cancel(key),
+            self.rig.calls.forget(key),
+            self.rig.requeue(key, seen, ticket),
+            self.rig.discard(key, seen),
+        ):
+            assert self.rig.word(call) == "unknown"
 
     def decided(self, uri: str) -> tuple[str, str, Record | None]:
         """The ticket of an entry as somebody saw it, the word to expect when it is none, and the record when it is."""
@@ -566,8 +579,7 @@ class Machine(RuleBasedStateMachine):
             del self.world.records[uri]
             self.world.payloads.pop(uri, None)
             assert self.rig.word(call) == "unknown"
-            # somebody else who looked at it, and wants it to run again
-            assert self.rig.word(self.rig.requeue(self.key(uri), old, self.rig.ticket(BatchRequest(uri)))) == "unknown"
+            self.nobody_knows(uri)
 
     @precondition(lambda self: any(record.reason for record in self.world.records.values()))
     @rule(data=st.data(), what=st.sampled_from(["requeue", "discard"]))

@@ -19,7 +19,8 @@
 --
 -- Returns {'started', key, list, token, attempt, request, kwargs, retries, crashes, queue, priority, job_id, pushed_ms,
 --   started_ms, uri, uri_2, uri_3, trace} | {'empty', last_event} | {'foreign', list} | {'suspended'} | {'spent'}
--- Returns also: list is '' when this `exec` had started it before; spent: that has ended, an `exec` starts once.
+-- Returns also: list is '' when this `exec` had started it before; spent: that has ended, or a later one of its
+--   taker has started. An `exec` starts once.
 
 local leases = KEYS[1]
 local prefix, exec, taker, worker, lease_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
@@ -74,12 +75,22 @@ end
 
 -- What this taker took last: a call that is sent again, because its reply was lost, gets the same key. No key has a dot.
 local NOTHING = '.'
+
+-- Executions `name.number` of one taker rise. One that waited behind an empty list may come when later ones have started.
+local function is_older(one, other)
+  local name, number = string.match(one, '^(.*)%.(%d+)$')
+  local same, last = string.match(other or '', '^(.*)%.(%d+)$')
+  return name and name == same and tonumber(number) < tonumber(last)
+end
+
 local taken, from, foreign, is_spent
 local last_exec, last_key = string.match(redis.call('HGET', takers_name(), taker) or '', '^(%S+) (%S+)$')
 if last_exec == exec then
   local last = record(last_key, unpack(BEFORE))
   if last.exec == exec then taken, from, last.key = last, '', last_key end
   is_spent = not taken
+elseif is_older(exec, last_exec) then
+  is_spent = true
 elseif is_last == '1' then
   redis.call('HSET', takers_name(), taker, exec .. ' ' .. NOTHING)
 end
