@@ -107,7 +107,7 @@ class Batch(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """An RQ job that was recorded, not sent: its id, and the commands that create it as prelude.lua replays them.
+    """An RQ job that was recorded, not sent: its id, and the commands that create it as the prelude replays them.
 
     ``commands`` is JSON; ``data`` is the one argument in them that is not text.
     """

@@ -358,7 +358,7 @@ def _int(family: Mapping[str, str], field: str) -> int:
 
 
 def _ring(family: Mapping[str, str], now: int) -> dict[int, Counter[str]]:
-    """Minute -> word -> count, from the ring; see ``add_up`` in lua/prelude.lua. What is older is left over."""
+    """Minute -> word -> count, from the ring; see ``add_up`` in the prelude. What is older is left over."""
     series: dict[int, Counter[str]] = {now - ago: Counter() for ago in range(MINUTES)}
     for field, value in family.items():
         slot, _, word = field.partition(":")
@@ -375,7 +375,7 @@ def _hit_rate(counts: Mapping[str, int]) -> HitRate:
     )
 
 
-#: upper bounds of the histograms; lua/prelude.lua has the same
+#: upper bounds of the histograms; lua/prelude/counters.lua has the same
 TIMES_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000, 300000, 1800000, 3600000)
 SIZES = tuple(256 * 4**n for n in range(12))
 

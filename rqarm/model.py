@@ -80,7 +80,7 @@ class Reason(StrEnum):
     UNPACKABLE = "unpackable"
 
 
-#: the reasons after which a submit does not run the request again; lua/prelude.lua has them too, and a test compares
+#: the reasons after which a submit does not run the request again; lua/prelude has them too, and a test compares
 BLOCKING = frozenset({Reason.POISON, Reason.ASKED})
 
 

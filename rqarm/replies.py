@@ -356,7 +356,7 @@ def status_of_new(key: Key, request: BatchRequest, identity: Canonical, queue: s
 
 
 def _fields(packed: bytes) -> dict[str, bytes | None]:
-    """The record as prelude.lua wrote it: netstrings in the order of RECORD_FIELDS, ``-`` for what is missing."""
+    """The record as the prelude packed it: netstrings in the order of RECORD_FIELDS, ``-`` for what is missing."""
     fields: dict[str, bytes | None] = {}
     at = 0
     for name in RECORD_FIELDS:

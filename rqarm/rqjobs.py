@@ -219,7 +219,7 @@ class RqJobs:
 
 
 class _Template:
-    """Recorded commands as the JSON that prelude.lua replays, with places for what differs from job to job."""
+    """Recorded commands as the JSON that the prelude replays, with places for what differs from job to job."""
 
     def __init__(self, commands: list[list[bytes]]) -> None:
         self._data, self._data_at = b"", list[int]()

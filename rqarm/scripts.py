@@ -14,6 +14,10 @@ from importlib import resources
 
 from rqarm.keys import LUA_CONSTANTS, expand_names
 
+#: the files of the prelude, each of which builds on those before it
+PRELUDE = ("base", "counters", "line", "claims", "aliases", "quarantine", "results", "followups", "search")
+
+_FOLDER = resources.files("rqarm") / "lua"
 _ENTRY = re.compile(r"^-- (KEYS|ARGV) +(\S+) +(\S+) *(.*)$")
 _COMMENT = re.compile(r"--.*")
 _DEFINED = re.compile(r"^local (?:function )?(\w+)(?:, (\w+))?", re.MULTILINE)
@@ -43,7 +47,7 @@ def script(name: str) -> Script:
     flags = [line.removeprefix("-- FLAGS ").strip() for line in header if line.startswith("-- FLAGS ")]
     returns = " ".join(line for line in header if "{'" in line)
     before, mark, after = body.rpartition("-- PRELUDE\n")
-    plain = expand_names(LUA_CONSTANTS + _with_prelude(_read("prelude").split("\n\n"), [before, mark + after]))
+    plain = expand_names(LUA_CONSTANTS + _with_prelude(prelude().split("\n\n"), [before, mark + after]))
     text = f"#!lua flags={flags[0]}\n{plain}" if flags else plain
     return Script(
         name=name,
@@ -60,9 +64,14 @@ def script(name: str) -> Script:
 @cache
 def all_scripts() -> tuple[Script, ...]:
     """Every transition, by name."""
-    files = resources.files("rqarm.lua").iterdir()
-    names = sorted(file.name.removesuffix(".lua") for file in files if file.name.endswith(".lua"))
-    return tuple(script(name) for name in names if name != "prelude")
+    names = sorted(file.name.removesuffix(".lua") for file in _FOLDER.iterdir() if file.name.endswith(".lua"))
+    return tuple(script(name) for name in names)
+
+
+@cache
+def prelude() -> str:
+    """What the scripts share, in paragraphs."""
+    return "\n".join(_read(f"prelude/{part}") for part in PRELUDE)
 
 
 def _with_prelude(paragraphs: list[str], parts: list[str]) -> str:
@@ -89,7 +98,7 @@ def _needed(paragraphs: list[str], part: str) -> set[int]:
 
 
 def _read(name: str) -> str:
-    return resources.files("rqarm.lua").joinpath(f"{name}.lua").read_text("utf-8")
+    return _FOLDER.joinpath(f"{name}.lua").read_text("utf-8")
 
 
 def _sha(text: str) -> str:

@@ -119,7 +119,7 @@ def test_the_table_of_fields_has_every_field_of_the_record_and_nothing_else() ->
 def fields_in_the_scripts() -> set[str]:
     """What the scripts read of a record or write into one."""
     found = set[str]()
-    for file in LUA.glob("*.lua"):
+    for file in LUA.rglob("*.lua"):
         lua = file.read_text("utf-8")
         for arguments in re.findall(r"\brecord\(\w+,([^)]*)\)", lua):
             found.update(re.findall(r"'(\w+)'", arguments))
@@ -146,7 +146,7 @@ def split_arguments(lua: str) -> list[str]:
 def test_the_table_of_counters_has_every_word_that_the_scripts_count() -> None:
     shown = {codes(row[0])[0]: set(codes(row[1])) for row in rows(text_of("keys.md"), "## Counters")}
     counted: dict[str, set[str]] = {"submissions": set(script("submit").outcomes), "executions": set()}
-    for file in LUA.glob("*.lua"):
+    for file in LUA.rglob("*.lua"):
         lua = file.read_text("utf-8")
         for family, word in re.findall(r"\bcount\('(\w+)', '(\w+)'\)", lua):
             counted.setdefault(family, set()).add(word)

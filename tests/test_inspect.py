@@ -20,7 +20,7 @@ from rqarm.inspect import Histogram, Overview
 from rqarm.rqjobs import queue_names
 
 URI = "/cities/FR"
-#: as many notes are added up at a time; MOST_NOTED in lua/prelude.lua
+#: as many notes are added up at a time; MOST_NOTED in lua/prelude/counters.lua
 SETTLED = 100
 
 
@@ -120,7 +120,7 @@ def test_ends_are_counted_by_queue_with_their_times(rig: Rig) -> None:
 
 
 def test_the_bounds_of_the_histograms_are_those_of_the_scripts() -> None:
-    lua = resources.files("rqarm.lua").joinpath("prelude.lua").read_text("utf-8")
+    lua = resources.files("rqarm").joinpath("lua/prelude/counters.lua").read_text("utf-8")
     for name, bounds in (("TIMES_MS", inspect.TIMES_MS), ("SIZES", inspect.SIZES)):
         written = re.search(rf"^local {name} = {{(.*)}}$", lua, re.MULTILINE)
         assert written is not None

@@ -81,7 +81,7 @@ def test_a_counter_is_there_before_the_first_is_counted(rig: Rig) -> None:
 def test_words_that_scripts_count_are_known_beforehand() -> None:
     """What is counted but not listed appears with its first count, and a rate misses that one."""
     counted: dict[str, set[str]] = {}
-    for file in (ROOT / "rqarm" / "lua").glob("*.lua"):
+    for file in (ROOT / "rqarm" / "lua").rglob("*.lua"):
         lua = file.read_text("utf-8")
         for family, word in re.findall(r"\bcount\('(\w+)', '(\w+)'\)", lua):
             counted.setdefault(family, set()).add(word)

@@ -55,7 +55,7 @@ URIS = tuple(f"/{n}" for n in range(3))
 MAX_ATTEMPTS = 2
 #: low for the same reason: what is kept of an attempt's emissions
 MOST_ITEMS, MOST_BYTES = 3, 7
-#: notes of failed attempts that a record holds; lua/prelude.lua has the same
+#: notes of failed attempts that a record holds; the prelude has the same
 ATTEMPTS_KEPT = 10
 VERBS = ("renew", "emit", "admit", "complete", "fail", "retry", "release", "crash", "redirect", "redirect")
 

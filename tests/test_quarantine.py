@@ -313,7 +313,7 @@ def test_a_payload_that_is_too_large_is_refused_and_nothing_is_sent(rm: Any, red
 
 
 def test_the_reasons_that_block_are_the_same_in_the_scripts() -> None:
-    prelude = resources.files("rqarm.lua").joinpath("prelude.lua").read_text("utf-8")
+    prelude = resources.files("rqarm").joinpath("lua/prelude/quarantine.lua").read_text("utf-8")
     (table,) = re.findall(r"local BLOCKING = \{(.*)\}", prelude)
     assert set(re.findall(r"(\w+)(?:'\])? = true", table)) == {"1", *BLOCKING}
 

@@ -10,7 +10,6 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,12 @@ import pytest
 from rqarm import keys, scripts
 from rqarm.keys import PATTERNS, RECORD_FIELDS, Keys, expand_names
 from rqarm.model import TRANSITIONS, Key
-from rqarm.scripts import Script, all_scripts, script
+from rqarm.scripts import PRELUDE, Script, all_scripts, prelude, script
 
 NAMES = tuple(each.name for each in all_scripts())
+LUA = Path(scripts.__file__).parent / "lua"
 SOURCES = {
-    file.name.removesuffix(".lua"): file.read_text("utf-8")
-    for file in resources.files("rqarm.lua").iterdir()
-    if file.name.endswith(".lua")
+    file.relative_to(LUA).with_suffix("").as_posix(): file.read_text("utf-8") for file in sorted(LUA.rglob("*.lua"))
 }
 #: scripts that the server may refuse when memory is out, or that only read; the others must always get through
 READING = {"read", "follow", "locate", "browse", "stats", "overview", "search", "claims", "inspect", "survey"}
@@ -34,7 +32,9 @@ ALIASES = {"error": "err"}
 #: commands that give a key a TTL, and the only places where they may stand
 GIVES_TTL = re.compile(r"'(P?EXPIRE(?:AT)?|P?SETEX|GETEX|[EP]X(?:AT)?|RESTORE)'")
 MAY_GIVE_TTL = {
-    "prelude": {"PEXPIREAT", "PEXPIRE"},
+    "prelude/base": {"PEXPIREAT"},
+    "prelude/claims": {"PEXPIRE"},
+    "prelude/aliases": {"PEXPIRE"},
     "fail": {"PEXPIRE"},
     "cancel": {"PEXPIRE"},
     "complete": {"PEXPIRE"},
@@ -86,7 +86,7 @@ def test_keys_and_argv_are_mentioned_where_they_get_their_name_and_nowhere_else(
 
 
 def test_the_prelude_takes_no_argument() -> None:
-    assert not re.search(r"\b(KEYS|ARGV|PREFIX)\b", re.sub(r"--[^\n]*", "", SOURCES["prelude"]))
+    assert not re.search(r"\b(KEYS|ARGV|PREFIX)\b", re.sub(r"--[^\n]*", "", prelude()))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -141,8 +141,8 @@ def test_the_sha_is_that_of_the_text_on_the_wire(known: Script) -> None:
     assert known.plain_sha == hashlib.sha1(known.plain_text.encode()).hexdigest()
 
 
-def test_there_is_a_script_for_every_file_but_the_prelude() -> None:
-    assert set(NAMES) == SOURCES.keys() - {"prelude"}
+def test_there_is_a_script_for_every_file_and_the_prelude_has_all_of_its_own() -> None:
+    assert {*NAMES, *(f"prelude/{part}" for part in PRELUDE)} == SOURCES.keys()
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -179,7 +179,7 @@ def test_no_script_uses_what_fakeredis_lacks_or_what_reads_the_whole_key_space(n
 def test_a_script_carries_each_paragraph_of_the_prelude_that_it_needs(name: str) -> None:
     body = split(name)[1].rpartition("-- PRELUDE")[2]
     text = script(name).plain_text
-    defined = {match[1] for match in re.finditer(r"^local function (\w+)", SOURCES["prelude"], re.MULTILINE)}
+    defined = {match[1] for match in re.finditer(r"^local function (\w+)", prelude(), re.MULTILINE)}
     carried = {function for function in defined if f"local function {function}(" in text}
     assert {function for function in defined if re.search(rf"\b{function}\(", body)} <= carried
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.faults
 LEASE = 2.0
 CHANGES = {
     "version.py": ('__version__ = "', '__version__ = "9.'),
-    "lua/prelude.lua": ("-- prelude:", "-- the newer prelude:"),
+    "lua/prelude/base.lua": ("local EVENTS_KEPT = 10000", "local EVENTS_KEPT = 10001"),
     "request.py": ('{"v": SCHEMA, "u": self.uri}', '{"v": 9 if "new" in self.uri else SCHEMA, "u": self.uri}'),
 }
 READS_BOTH = ('if fields["v"] != SCHEMA:', 'if fields["v"] not in (SCHEMA, 9):')

@@ -189,7 +189,7 @@ def test_a_result_that_comes_with_the_last_tick_counts(core: Core, clock: Clock)
 
 
 def told(value: Any, *, state: str = "completed") -> bytes:
-    """The wake-up of a small result, as lua/prelude.lua writes it."""
+    """The wake-up of a small result, as the prelude writes it."""
     encoded = codec.encode(value, Settings())
     envelope, inline = codec.pack_envelope(encoded.envelope), encoded.inline or b""
     return b"%s:%d:%s%s" % (state.encode(), len(envelope), envelope, inline)

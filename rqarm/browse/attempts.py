@@ -1,6 +1,6 @@
 """How the attempts of a request ended: ``RequestDetail.attempts``.
 
-An attempt that failed leaves a note in the record, the newest ten; ``note_attempt`` in lua/prelude.lua writes it. Of
+An attempt that failed leaves a note in the record, the newest ten; ``note_attempt`` in the prelude writes it. Of
 the last one that has left none the record itself tells. So what completes at once costs nothing.
 """
 
