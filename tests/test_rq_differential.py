@@ -22,7 +22,7 @@ from rq.group import Group
 from rq.job import Dependency
 from rq.rate_limit import RateLimit
 from rq.serializers import JSONSerializer
-from workers import APP, PATIENCE, WorkerProcess
+from workers import APP, PATIENCE, TESTS, WorkerProcess
 
 from rqarm import BatchRequest, RequestManager
 from rqarm.rqjobs import queue_names
@@ -137,7 +137,7 @@ def work(url: str, directory: Path, kind: str) -> None:
     # rqarm.Worker looks after a horse every third of a lease; RQ derives TTLs of a running job from that interval
     options = ["--burst", "--job-monitoring-interval", "5", "--exception-handler", "rqwork.handle_exception"]
     options += ["second", "first", *queue_names("arm")]
-    worker = WorkerProcess(url, directory, kind, WORKER, options, environment)
+    worker = WorkerProcess(url, directory, kind, WORKER, options, environment, TESTS.parent)
     try:
         assert worker.wait(PATIENCE * 2) == 0
     finally:
@@ -236,10 +236,25 @@ class Reader:
             if name in VOLATILE.get(family, ()):
                 found[name] = "VOLATILE"
             elif (family, name) in PACKED:
-                found[name] = self.readable(repr(msgpack.unpackb(value)).replace("\\n", "\n"))
+                found[name] = self._packed(value)
+            elif family == "arm:status" and name.startswith("tried_"):
+                found[name] = self._attempt(value)
             else:
                 found[name] = self._text(value)
         return found
+
+    def _packed(self, value: bytes) -> Any:
+        return self.readable(repr(msgpack.unpackb(value)).replace("\\n", "\n"))
+
+    def _attempt(self, note: bytes) -> list[Any]:
+        """How an attempt failed, without its times."""
+        pieces = []
+        while note:
+            length, _, note = note.partition(b":")
+            pieces.append(note[: int(length)])
+            note = note[int(length) :]
+        number, worker, _, _, outcome, error = pieces
+        return [number, worker, outcome, self._packed(error)]
 
     def _text(self, value: bytes) -> Any:
         """A value as people read it. RQ compresses with zlib, and writes base64 into its streams."""

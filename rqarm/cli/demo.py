@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -94,7 +94,7 @@ def demo_command(ctx: click.Context, workers: int, clients: int, requests: int, 
     target = ctx.find_object(Target)
     handlers = cities_file()
     submissions = plan(requests, clients, random.Random(1))
-    with ending_in_order(), contextlib.ExitStack() as stack:
+    with ending_in_order() as check, contextlib.ExitStack() as stack:
         place, is_embedded = server(stack, url or (target.url if target else None))
         rm = stack.enter_context(RequestManager(place, namespace=NAME, queue=NAME))
         rm.cache.stats()  # the first call judges the server: before anything happens there
@@ -105,7 +105,7 @@ def demo_command(ctx: click.Context, workers: int, clients: int, requests: int, 
         for _ in range(workers):
             team.start_worker()
         click.echo(f"{workers} workers, {clients} clients, server {connect.redact_url(place)}")
-        tally = run(rm, team, submissions)
+        tally = run(rm, team, submissions, check)
         is_proven = show(rm, tally, workers, clients)
         if keep:
             stack.pop_all()  # nothing is ended or cleared
@@ -180,15 +180,28 @@ def end_server(url: str) -> None:
 
 
 @contextlib.contextmanager
-def ending_in_order() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the demo as Ctrl-C does: with everything tidied up."""
+def ending_in_order() -> Iterator[Callable[[], None]]:
+    """Ctrl-C, SIGTERM and a closed terminal end the demo with everything tidied up.
+
+    Gives a function that ends it as well, once it was told to: Python drops what a signal raises in a destructor.
+    """
+    told: list[int] = []
 
     def leave(number: int, _: object) -> NoReturn:
+        told.append(number)
         raise SystemExit(128 + number)
 
-    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    def check() -> None:
+        if told:
+            raise SystemExit(128 + told[0])
+
+    # a shell has its background jobs ignore Ctrl-C
+    numbers = [
+        each for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if signal.getsignal(each) != signal.SIG_IGN
+    ]
+    previous = {number: signal.signal(number, leave) for number in numbers}
     try:
-        yield
+        yield check
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -316,8 +329,8 @@ class Tally:
         )
 
 
-def run(rm: RequestManager, team: Team, submissions: list[list[list[str]]]) -> Tally:
-    """Let the clients work, and count. Raises ClickException when nothing happens any more."""
+def run(rm: RequestManager, team: Team, submissions: list[list[list[str]]], check: Callable[[], None]) -> Tally:
+    """Let the clients work, and count. Raises ClickException when nothing happens any more, or what ``check`` does."""
     tally = Tally(sum(len(burst) for bursts in submissions for burst in bursts))
     began = time.monotonic()
     reports: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -341,6 +354,7 @@ def run(rm: RequestManager, team: Team, submissions: list[list[list[str]]]) -> T
                 line.draw(str(tally))
             if is_over:
                 break
+            check()
             team.check()
             news = time.monotonic() if str(tally) != before else news
             if time.monotonic() - news > PATIENCE_S:
