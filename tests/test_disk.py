@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import servers
-from audit import audit
+from audit import audit, audit_in_motion
 from redis.exceptions import RedisError, ResponseError
 from servers import eventually
 from workers import Crew, crew
@@ -162,7 +162,7 @@ def test_a_power_cut_loses_the_last_words_and_halves_nothing(tmp_path: Path) -> 
             with file.open("rb+") as aof:
                 aof.truncate(file.stat().st_size - cut)
             server.start()
-            audit(team.rm.connection, team.rm.core.keys)
+            audit_in_motion(team.rm.connection, team.rm.core.keys)
             gone = [uri for uri in there if team.rm.status(BatchRequest(uri).key).state is State.UNKNOWN]
             there = there[: len(there) - len(gone)]
             assert not set(gone) & set(there), "what is lost was told last: nothing older is missing"
