@@ -362,9 +362,9 @@ class Horse:
 
     def give_up(self, lane: int, number: int) -> None:
         """What was asked for and never answered: should the server have given it, it goes back; else it never will."""
-        name, execution = self.worker.name, execution_id(self.board.nonce, lane, number)
+        asked = taken_as(self.core, self.board, self.worker.name, lane, number, is_last=True)
         try:
-            taken = self.manager.shell.execute(taken_as(self.core, execution, taker(name, lane), name, is_last=True))
+            taken = self.manager.shell.execute(asked)
             if taken.attempt is not None:
                 self.manager.shell.run(flows.release(self.core, taken.attempt))
             self.board.show(lane, number, None)
@@ -669,9 +669,10 @@ def execution_id(nonce: str, lane: int, number: int) -> str:
     return f"{nonce}.{lane}.{number}"
 
 
-def taken_as(core: flows.Core, execution: str, taker: str, worker: str, *, is_last: bool) -> Call[Taken]:
-    """What this execution has taken. ``is_last``: it takes nothing any more, whatever is still on its way."""
-    return core.calls.take((), execution, taker, worker, ms(core.settings.lease), for_rq=True, is_last=is_last)
+def taken_as(core: flows.Core, board: Board, worker: str, lane: int, number: int, *, is_last: bool) -> Call[Taken]:
+    """What this turn has taken. ``is_last``: it takes nothing any more, whatever is still on its way."""
+    execution, lease_ms = execution_id(board.nonce, lane, number), ms(core.settings.lease)
+    return core.calls.take((), execution, taker(worker, lane), worker, lease_ms, for_rq=True, is_last=is_last)
 
 
 def resident_mib() -> float:

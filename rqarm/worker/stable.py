@@ -31,7 +31,7 @@ from rqarm.shell import sibling
 from rqarm.worker import equipment, execution
 from rqarm.worker.board import Board, Turn
 from rqarm.worker.execution import WorkHorseDied
-from rqarm.worker.horse import PLACES, Order, execution_id, gallop, taken_as, taker
+from rqarm.worker.horse import PLACES, Order, gallop, taken_as
 from rqarm.worker.limits import TimeLimit
 from rqarm.worker.patience import pause_after
 from rqarm.worker.processes import kill_group
@@ -529,8 +529,7 @@ class Stable:
 
     def _taken_as(self, board: Board, lane: int, number: int, *, is_dead: bool = False) -> Attempt | None:
         """What the horse has taken to be this turn. If it is dead, what it has sent takes nothing any more."""
-        name, execution = self.worker.name, execution_id(board.nonce, lane, number)
-        call = taken_as(self.manager.core, execution, taker(name, lane), name, is_last=is_dead)
+        call = taken_as(self.manager.core, board, self.worker.name, lane, number, is_last=is_dead)
         try:
             taken: Taken = self.manager.shell.execute(call)
         except UnreadableRequest as unread:
