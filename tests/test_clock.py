@@ -98,6 +98,15 @@ def tokens(team: Crew, keys: list[str]) -> list[int]:
     return [int(team.field(key, "token") or team.field(key, "done_token") or 0) for key in keys]
 
 
+def each_ends_within_two_attempts(team: Crew, keys: list[str]) -> None:
+    for n in range(2):
+        for attempt in (1, 2):
+            team.let_go(f"{n}-{attempt}")
+    statuses = team.settle(*keys)
+    assert {status.state for status in statuses} == {State.COMPLETED}
+    assert all(status.attempts <= 2 for status in statuses)
+
+
 def test_a_clock_put_forward_lets_all_leases_lapse_and_nothing_counts_twice(stage: tuple[Clock, Crew]) -> None:
     """Row 48: each runs once more at the most, one of the attempts commits, and the step is told."""
     clock, team = stage
@@ -108,12 +117,7 @@ def test_a_clock_put_forward_lets_all_leases_lapse_and_nothing_counts_twice(stag
     clock.step(120)
     steps = eventually(lambda: team.rm.cache.stats().sweeps.get("clock_steps"), 20, "a worker has seen it")
     assert steps <= 2
-    for n in range(2):
-        for attempt in (1, 2):
-            team.let_go(f"{n}-{attempt}")
-    statuses = team.settle(*keys)
-    assert {status.state for status in statuses} == {State.COMPLETED}
-    assert all(status.attempts <= 2 for status in statuses)
+    each_ends_within_two_attempts(team, keys)
     assert all(after >= earlier for earlier, after in zip(before, tokens(team, keys), strict=True))
     assert any("clock has stepped by +120 s" in worker.log.read_text() for worker in team.workers)
     assert all(worker.lives for worker in team.workers)
@@ -194,12 +198,7 @@ def test_a_machine_that_was_suspended_runs_everything_once_more_at_the_most(
     clock.step(300)
     for pid in everybody:
         os.kill(pid, signal.SIGCONT)
-    for n in range(2):
-        for attempt in (1, 2):
-            team.let_go(f"{n}-{attempt}")
-    statuses = team.settle(*keys)
-    assert {status.state for status in statuses} == {State.COMPLETED}
-    assert all(status.attempts <= 2 for status in statuses)
+    each_ends_within_two_attempts(team, keys)
     assert all(worker.lives for worker in team.workers)
     assert ends(team) == Counter(keys)
     audit(team.rm.connection, team.rm.core.keys)
