@@ -52,11 +52,13 @@ from rqarm.replies import (
     read_stored,
     read_texts,
     read_words,
+    redirection,
     rows,
     status_of_new,
     text_of,
     torn,
     unknown_state,
+    uri_in,
     word_and_state,
     word_of,
 )
@@ -458,16 +460,10 @@ class Calls:
         ``is_submitted`` = False: only look whether it may be done; ``gone`` says yes. ``follow_ups``: who is told when
         the target has ended already.
         """
-
-        def parse(reply: Any) -> Redirection:
-            word, *rest = held(attempt.key, read_words("redirect", reply))
-            chain = (text_of(uri).split("\n", 2)[-1] for uri in rest[0]) if word == "loop" else ()
-            return Redirection(word, tuple(chain))
-
         argv: tuple[Any, ...] = (attempt.token, target, failure_ttl_ms, int(is_submitted), self._own_job(attempt))
         if is_submitted:
             argv += tuple(part for follow_up in follow_ups for part in follow_up.argv)
-        return self._call("redirect", attempt.key, argv, parse)
+        return self._call("redirect", attempt.key, argv, redirection("redirect", attempt.key))
 
     def need(
         self, attempt: Attempt, needed: Sequence[Key], ticket: ParkingTicket, *, delay_ms: int
@@ -475,15 +471,9 @@ class Calls:
         """The attempt ends, to be called up when all of these have ended: ``waiting``, ``ready`` (none is in flight),
         ``loop``, ``full``, ``already``. Raises LeaseLost.
         """
-
-        def parse(reply: Any) -> Redirection:
-            word, *rest = held(attempt.key, read_words("need", reply))
-            chain = (text_of(uri).split("\n", 2)[-1] for uri in rest[0]) if word == "loop" else ()
-            return Redirection(word, tuple(chain))
-
         waits = (ticket.job_id, ticket.commands, ticket.data, ticket.recall, delay_ms)
         argv = (attempt.token, *waits, self._own_job(attempt), *needed)
-        return self._call("need", attempt.key, argv, parse)
+        return self._call("need", attempt.key, argv, redirection("need", attempt.key))
 
     def ticket(self, key: Key) -> Command[tuple[str, str]]:
         """The state of a request and the id of its RQ job; "" for what is not there."""
@@ -718,7 +708,7 @@ class Calls:
                 workers=tuple(LiveWorker(*map(text_of, row)) for row in rows(workers, 4)),
                 numbers=read_counts(numbers),
                 hot=tuple(
-                    (text_of(key), int(votes), text_of(uri).split("\n", 2)[-1], text_of(state), int(float(size)))
+                    (text_of(key), int(votes), uri_in(uri), text_of(state), int(float(size)))
                     for key, votes, uri, state, size in rows(hot, 5)
                 ),
                 runtimes=read_counts(runtimes),

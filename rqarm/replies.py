@@ -83,7 +83,7 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Redirection:
-    """What a redirect came to: a word of lua/redirect.lua, and the URIs of a ``loop``."""
+    """What a redirect or a need came to: a word of lua/redirect.lua or lua/need.lua, and the URIs of a ``loop``."""
 
     word: str
     chain: tuple[str, ...] = ()
@@ -288,6 +288,16 @@ def held_word(verb: str, key: Key) -> Callable[[Any], str]:
     return lambda reply: str(held(key, read_words(verb, reply))[0])
 
 
+def redirection(verb: str, key: Key) -> Callable[[Any], Redirection]:
+    """Reads what a redirect, or a need, came to, to who holds the attempt. Raises LeaseLost."""
+
+    def parse(reply: Any) -> Redirection:
+        word, *rest = held(key, read_words(verb, reply))
+        return Redirection(word, tuple(map(uri_in, rest[0])) if word == "loop" else ())
+
+    return parse
+
+
 def foreign_data(keys: Iterable[str], error: Exception) -> ForeignData:
     """What a WRONGTYPE answer means: somebody else wrote under our names."""
     return ForeignData(
@@ -321,7 +331,7 @@ def read_status(key: Key, packed: bytes, outcome: Outcome | None = None, value: 
         key=key,
         state=read_state(key, field["state"]) if field["state"] else State.UNKNOWN,
         outcome=outcome,
-        uri=text_of(joined([field[name] for name in URI_FIELDS])).split("\n", 2)[-1],
+        uri=uri_in(joined([field[name] for name in URI_FIELDS])),
         sticky=field["sticky"] == b"1",
         submitted=moment(field["submitted_ms"]),
         started=moment(field["started_ms"]),
@@ -505,7 +515,7 @@ def read_mapping(packed: bytes | None) -> dict[str, Any]:
 
 def read_overdue(row: Sequence[Any]) -> Overdue:
     key, uri, queue, priority, _ = row
-    return Overdue(Key(text_of(key)), text_of(uri).split("\n", 2)[-1], text_of(queue), Priority(int(priority)))
+    return Overdue(Key(text_of(key)), uri_in(uri), text_of(queue), Priority(int(priority)))
 
 
 # -- counters, events and lists
@@ -538,6 +548,11 @@ def joined(pieces: Iterable[bytes | None]) -> bytes:
 
 def text_of(raw: Any) -> str:
     return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
+
+
+def uri_in(identity: Any) -> str:
+    """The URI of an identity, which has a version and the operation in front of it."""
+    return text_of(identity).split("\n", 2)[-1]
 
 
 def rows(flat: Sequence[Any], width: int) -> list[Sequence[Any]]:

@@ -13,7 +13,7 @@ from rqarm.errors import InvalidRequest, LeaseLost, RequestUnknown
 from rqarm.flows import Core, Flow
 from rqarm.keys import URI_FIELDS
 from rqarm.model import BatchStatus, Key, Priority, State, Token, View
-from rqarm.replies import NO_REQUEST, Attempt, joined, moment, read_status, read_words, rows, text_of
+from rqarm.replies import NO_REQUEST, Attempt, joined, moment, read_status, read_words, rows, text_of, uri_in
 from rqarm.uri import check_key, redact
 
 
@@ -118,7 +118,7 @@ def release(core: Core, key: str) -> Flow[bool]:
     _, identity, queue, attempt = yield Command(("HMGET", core.keys.status(name), *wanted), parse)
     if attempt is None:
         return False
-    description = redact(text_of(identity).split("\n", 2)[-1], core.settings.secret_params)
+    description = redact(uri_in(identity), core.settings.secret_params)
     ticket = core.jobs.enqueue_at_front(name, description, queue, attempt.priority)
     try:
         yield core.calls.release(attempt, ticket)
