@@ -67,14 +67,14 @@ class Envelope:
         if not self.content_type:
             object.__setattr__(self, "content_type", _CONTENT_TYPES[self.kind])
 
-    def to_fields(self) -> list[str | bytes]:
-        """Field, value, field, value, ...: the arguments of HSET. Empty and default fields are left out."""
-        fields: list[str | bytes] = ["v", str(VERSION), "kind", self.kind, "size", str(self.size)]
+    def to_fields(self) -> list[str]:
+        """Field, value, field, value, ... Empty and default fields are left out."""
+        fields: list[str] = ["v", str(VERSION), "kind", self.kind, "size", str(self.size)]
         fields += ["stored", str(self.stored), "sum", self.checksum]
         if self.content_type != _CONTENT_TYPES[self.kind]:
             fields += ["type", self.content_type]
         if self.filename:
-            fields += ["file", self.filename.encode()]
+            fields += ["file", self.filename]
         if self.encoding:
             fields += ["enc", self.encoding]
         if self.chunks:
@@ -179,8 +179,8 @@ _PREFIX_BYTES = 4
 
 def pack_envelope(envelope: Envelope) -> bytes:
     """A line ``name=value`` for each field: people read it in redis-cli, and one value is cheaper than ten."""
-    parts = [part if isinstance(part, bytes) else part.encode() for part in envelope.to_fields()]
-    return b"\n".join(b"%s=%s" % pair for pair in zip(parts[::2], parts[1::2], strict=True))
+    fields = envelope.to_fields()
+    return "\n".join([f"{name}={value}" for name, value in zip(fields[::2], fields[1::2], strict=True)]).encode()
 
 
 @lru_cache(maxsize=1024)
@@ -358,7 +358,13 @@ def encode(value: Any, settings: Settings, *, zstd: bool | None = None) -> Encod
     return Encoded(_source(value, settings.max_result_bytes), settings, zstd)
 
 
+#: types of most values; what they are not takes long to ask
+_PLAIN = frozenset({dict, list, tuple, int, float, bool, type(None)})
+
+
 def _source(value: Any, max_bytes: int) -> _Source:
+    if type(value) in _PLAIN:
+        return _body_source(pack(value), "value", max_bytes)
     if isinstance(value, Result):
         content_type = value.content_type or ("text/plain; charset=utf-8" if isinstance(value.data, str) else "")
         source = _raw_source(value.data, "$.data", "result", max_bytes)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -370,13 +370,14 @@ def as_completed(core: Core, keys: Iterable[str], timeout: float | None) -> Flow
     wanted = [check_key(key) for key in keys]
     known: dict[Key, BatchStatus] = {}
     left = set(wanted)
-    for step in steps(_settle(core, wanted, timeout, known)):
-        if isinstance(step.value, Emit):
-            found = step.value.item
-            left.discard(found.status.key)
-            yield Emit(found.status)
-        else:
-            yield from answered(step, _driver(step.value))
+
+    def ask(step: Step) -> Flow[Any]:
+        if isinstance(step, Emit):
+            left.discard(step.item.status.key)
+            step = Emit(step.item.status)
+        return (yield step)
+
+    yield from through(_settle(core, wanted, timeout, known), ask)
     for key in wanted:
         if key in left:
             raise WaitTimeout(key, known[key].state, timeout or 0.0)
@@ -443,59 +444,34 @@ def _settle(
         asked = [key for key in waiting if key in woken] or tuple(waiting)
 
 
-@dataclass(slots=True)
-class Asked:
-    """A step of another flow: set ``answer`` or ``failure`` before asking for the next."""
-
-    value: Step
+def through(flow: Flow[T], ask: Callable[[Step], Flow[Any]]) -> Flow[T]:
+    """A flow whose every step is asked by ``ask``, and which gets its errors; the answer is that of the flow."""
     answer: Any = None
     failure: Exception | None = None
-
-
-def steps(flow: Flow[Any]) -> Iterator[Asked]:
-    """A flow as a plain iterator of its steps; what it returns is dropped."""
-    step = Asked(Emit(None))
     while True:
         try:
-            step = Asked(flow.send(step.answer) if step.failure is None else flow.throw(step.failure))
-        except StopIteration:
-            return
-        yield step
-
-
-def answered(step: Asked, asked: Flow[Any]) -> Flow[None]:
-    """Ask for the answer to a step; an error belongs to the flow that wanted the step."""
-    try:
-        step.answer = yield from asked
-    except Exception as failure:  # noqa: BLE001 -- raised again inside that flow
-        step.failure = failure
-
-
-def through(flow: Flow[T], ask: Callable[[Step], Flow[Any]]) -> Flow[T]:
-    """A flow whose every step is asked by ``ask``; the answer is that of the flow."""
-    step = Asked(Emit(None))
-    while True:
-        try:
-            step = Asked(flow.send(step.answer) if step.failure is None else flow.throw(step.failure))
+            step = flow.send(answer) if failure is None else flow.throw(failure)
         except StopIteration as end:
             value: T = end.value
             return value
-        yield from answered(step, ask(step.value))
-
-
-def _driver(step: Step) -> Flow[Any]:
-    """Whoever drives this flow answers the step."""
-    return (yield step)
+        answer = failure = None
+        try:
+            answer = yield from ask(step)
+        except Exception as error:  # noqa: BLE001 -- raised again inside that flow
+            failure = error
 
 
 def collect(flow: Flow[Any]) -> Flow[list[Any]]:
     """What the flow emits, as a list; every other step goes on to the driver."""
     items = []
-    for step in steps(flow):
-        if isinstance(step.value, Emit):
-            items.append(step.value.item)
-        else:
-            yield from answered(step, _driver(step.value))
+
+    def ask(step: Step) -> Flow[Any]:
+        if isinstance(step, Emit):
+            items.append(step.item)
+            return None
+        return (yield step)
+
+    yield from through(flow, ask)
     return items
 
 

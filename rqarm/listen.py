@@ -251,11 +251,8 @@ class Listener:
     def _next(self, timeout: float) -> Any:
         """The next message within ``timeout`` seconds, or None."""
         try:
-            connection = self._connection or self._connect()
-            if not connection.can_read(timeout=timeout):
-                return None
-            message = connection.read_response(disconnect_on_error=False, push_request=True)
-            self._has_heard = True
+            message = _read(self._connection or self._connect(), timeout)
+            self._has_heard = self._has_heard or message is not None
             return message
         except Exception as error:  # noqa: BLE001 -- it is not the fault of the waiter that reads, and the next look helps
             if not self._closing.is_set():
@@ -290,6 +287,19 @@ class Listener:
         if channels and end is not None:
             with contextlib.suppress(OSError):
                 end.sendall(b"".join(self._connection.pack_command(verb, *channels)))
+
+
+def _read(connection: Any, timeout: float) -> Any:
+    """What a connection says next, within ``timeout`` seconds; or None. Raises RedisError, OSError."""
+    end = connection._sock
+    if isinstance(end, socket.socket):
+        end.settimeout(timeout)  # redis-py's can_read asks the system three times
+    elif not connection.can_read(timeout=timeout):
+        return None  # fakeredis
+    try:
+        return connection.read_response(disconnect_on_error=False, push_request=True)
+    except redis.exceptions.TimeoutError:
+        return None
 
 
 #: those of this process. A child has to begin anew before its first thread runs: who reads is not there, nor are the

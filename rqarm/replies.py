@@ -315,6 +315,7 @@ def torn(key: Key, missing: Any) -> RqarmError:
 _MISSING = ord("-")
 # a dictionary answers ten times as fast as the constructor of an enum
 _STATES: dict[bytes, State] = {state.value.encode(): state for state in State}
+_PRIORITIES: dict[int, Priority] = {priority.value: priority for priority in Priority}
 OUTCOMES: dict[str, Outcome] = {outcome.value: outcome for outcome in Outcome}
 #: stored when a lease lapses and nobody is left to say why
 LAPSED = packing.pack_error("LeaseLapsed", "the worker fell silent for longer than its lease", "")
@@ -444,7 +445,7 @@ def read_attempt(key: Key, values: list[Any], *, owns_job: bool = False) -> Atte
             int(retries or 0),
             int(crashes or 0),
             text_of(queue),
-            Priority(int(priority)),
+            _PRIORITIES[int(priority)],
             waited,
             text_of(job_id),
             owns_job,

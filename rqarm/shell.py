@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import select
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import hiredis
 import redis
 import redis.asyncio
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -40,6 +43,8 @@ log = logging.getLogger("rqarm")
 IN_FLIGHT = 32
 #: redis-py's default is 100 for a pool, and one more is an error
 UNLIMITED = 1 << 31
+#: bytes up to which commands are sent in one piece
+JOINED = 1 << 16
 #: what a manager calls a server whose URL it was not told
 GIVEN = "the given connection"
 
@@ -121,8 +126,11 @@ class Shell:
         self._wire = _Wire(url, is_fake(self.client))
         # what waits is made by the first who needs it; no lock, which a fork could leave locked for ever
         self._made: dict[str, Any] = {}
-        #: connections of ``send``, which asks so often that the pool's part of it would count
+        #: connections for the next call, and the process that they are of: the pool's part of a call takes as long as
+        #: the server's. A pool of somebody else may be small, and one of Sentinel drops its own when the master moves.
         self._kept: list[Any] = []
+        self._pid = os.getpid()
+        self._keeps = self._owns and type(self.client.connection_pool) is redis.ConnectionPool
 
     def run(self, flow: Flow[T]) -> T:
         """The value of a flow. What it emits on its way is dropped."""
@@ -172,17 +180,11 @@ class Shell:
                 self._wire.check(self.client.info(), self._settings)
             if isinstance(step, Batch):
                 return self._batch(step)
-            client = self._waiting_client() if isinstance(step, Command) and step.waits else self.client
-            argv = self._wire.argv(step)
-            if isinstance(step, Call):
-                (reply,) = self._exchange([argv])
-                if isinstance(reply, NoScriptError):
-                    client.script_load(self._wire.text(step.script))
-                    (reply,) = self._exchange([argv])
-                if isinstance(reply, Exception):
-                    raise reply
-            else:
-                reply = client.execute_command(*argv)
+            if isinstance(step, Command) and step.waits:
+                return step.parse(self._waiting_client().execute_command(*step.argv))
+            (reply,) = self._replies((step,))
+            if isinstance(reply, Exception):
+                raise reply
         except redis.exceptions.RedisError as error:
             explained = self._wire.explain(step, error)
             if explained is error:
@@ -191,32 +193,26 @@ class Shell:
         return step.parse(reply)
 
     def _batch(self, batch: Batch[Any]) -> list[Any]:
+        return self._wire.read_all(batch, self._replies(batch.steps))
+
+    def _replies(self, steps: Sequence[Call[Any] | Command[Any]]) -> list[Any]:
         """One round trip; the few calls that met a server without their script are sent again."""
-        replies = self._pipeline(batch.steps)
+        replies = self._exchange(steps)
         lost = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if lost:
-            for script in {step.script for step in batch.steps if isinstance(step, Call)}:
+            for script in {step.script for step in steps if isinstance(step, Call)}:
                 self.client.script_load(self._wire.text(script))
-            for i, reply in zip(lost, self._pipeline([batch.steps[i] for i in lost]), strict=True):
+            for i, reply in zip(lost, self._exchange([steps[i] for i in lost]), strict=True):
                 replies[i] = reply
-        return self._wire.read_all(batch, replies)
-
-    def _pipeline(self, steps: Sequence[Call[Any] | Command[Any]]) -> list[Any]:
-        commands = [self._wire.argv(step) for step in steps]
-        if all(isinstance(step, Call) for step in steps):
-            return self._exchange(commands)
-        with self.client.pipeline(transaction=False) as pipeline:
-            for command in commands:
-                pipeline.execute_command(*command)
-            return list(pipeline.execute(raise_on_error=False))
+        return replies
 
     def send(self, batch: Batch[Any]) -> Sent:
         """Ask now and read later, by ``receive``: the server works meanwhile. For calls, in a batch that settles."""
         connection = None
         try:
-            connection = self._kept.pop() if self._kept else self.client.connection_pool.get_connection()
-            commands = [self._wire.argv(step) for step in batch.steps]
-            connection.send_packed_command(connection.pack_commands(commands))
+            # what has broken meanwhile is found when the answers are read
+            connection = self._kept.pop() if self._kept else self._borrow()
+            connection.send_packed_command(self.packed(*batch.steps))
         except (redis.exceptions.RedisError, OSError):
             if connection is not None:
                 connection.disconnect()
@@ -230,7 +226,7 @@ class Shell:
         if connection is None:
             return list(self.execute(sent.batch))
         try:
-            replies = [_reply(connection) for _ in sent.batch.steps]
+            replies = [self._reply(step, connection) for step in sent.batch.steps]
             self._kept.append(connection)
         except (redis.exceptions.RedisError, OSError):
             connection.disconnect()
@@ -240,35 +236,58 @@ class Shell:
             return list(self.execute(sent.batch))
         return self._wire.read_all(sent.batch, replies)
 
-    def packed(self, connection: Any, *commands: Call[Any] | tuple[Any, ...]) -> list[bytes]:
-        """Commands and calls in the bytes of a connection, for who sends them by himself and reads by ``answer``."""
-        packed: list[bytes] = connection.pack_commands(
-            [self._wire.argv(command) if isinstance(command, Call) else command for command in commands]
-        )
-        return packed
+    def packed(self, *steps: Call[Any] | Command[Any]) -> list[bytes]:
+        """Steps as they are sent: redis-py's own way in C, without what it does to every argument before."""
+        packed = [hiredis.pack_command(self._wire.argv(step)) for step in steps]
+        return packed if sum(map(len, packed)) > JOINED else [b"".join(packed)]
 
     def answer(self, call: Call[T], connection: Any) -> T:
         """The answer to a call that was sent on this connection, which is read now. Raises its error."""
-        answer: T = self._wire.read(call, _reply(connection))
+        answer: T = self._wire.read(call, self._reply(call, connection))
         return answer
 
-    def _exchange(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """The raw replies to commands of which redis-py knows nothing anyway. Its client and its pipeline take several
-        times as long for the same; retries are those of its connection.
+    def _exchange(self, steps: Sequence[Call[Any] | Command[Any]]) -> list[Any]:
+        """The replies. Redis-py's client and its pipeline take several times as long for the same; retries are those of
+        its connection.
         """
-        pool = self.client.connection_pool
-        connection = pool.get_connection()
-        packed = connection.pack_commands(commands)
+        packed, connection = self.packed(*steps), self._borrow()
 
         def send_and_read() -> list[Any]:
             connection.send_packed_command(packed)
-            return [_reply(connection) for _ in commands]
+            return [self._reply(step, connection) for step in steps]
 
+        is_whole = False
         try:
             replies: list[Any] = connection.retry.call_with_retry(send_and_read, lambda _: connection.disconnect())
+            is_whole = True
             return replies
         finally:
+            if is_whole and self._keeps:
+                self._kept.append(connection)
+            else:
+                self.client.connection_pool.release(connection)
+
+    def _reply(self, step: Call[Any] | Command[Any], connection: Any) -> Any:
+        """The reply to a step; an error of the server is one. Of scripts redis-py knows nothing."""
+        try:
+            if isinstance(step, Command):
+                return self.client.parse_response(connection, step.argv[0])
+            return connection.read_response()
+        except ResponseError as error:
+            return error
+
+    def _borrow(self) -> Any:
+        """A connection that stands, for one exchange. Raises RedisError."""
+        pool = self.client.connection_pool
+        if self._pid != os.getpid():
+            self._kept, self._pid = [], os.getpid()  # those of the parent, who goes on with them
+        while self._kept:
+            connection = self._kept.pop()
+            if _is_quiet(connection):
+                return connection
+            connection.disconnect()
             pool.release(connection)
+        return pool.get_connection()
 
     def _waiting_client(self) -> redis.Redis:
         client: redis.Redis = self._made.get("client") or self._made.setdefault("client", _roomy(self._open_waiting()))
@@ -419,12 +438,14 @@ class AsyncShell:
             await self.client.aclose()
 
 
-def _reply(connection: Any) -> Any:
-    """One reply; an error of the server is one."""
-    try:
-        return connection.read_response()
-    except ResponseError as error:
-        return error
+def _is_quiet(connection: Any) -> bool:
+    """Whether it stands and nothing has come that nobody asked for: a server that has gone says so by an end."""
+    end = connection._sock
+    if end is None:
+        return False
+    poll = select.poll()
+    poll.register(end, select.POLLIN)
+    return not poll.poll(0)
 
 
 def is_fake(client: Any) -> bool:

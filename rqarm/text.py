@@ -20,6 +20,8 @@ SUSPECT = re.compile(r"[^\x20-\x7e]")
 
 def plain(text: str, keep: str = "") -> str:
     """The text with what would move a cursor, turn or hide text, or end a line written out, except ``keep``."""
+    if text.isascii() and text.isprintable():
+        return text
     return SUSPECT.sub(lambda match: match[0] if match[0] in keep else _written_out(match[0]), text)
 
 

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, zip_longest
@@ -31,7 +31,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from rq.exceptions import NoSuchJobError
 
 from rqarm import flows
-from rqarm.calls import Batch, Call, ms
+from rqarm.calls import Batch, Call, Command, ms
 from rqarm.errors import LeaseLost, RqarmError
 from rqarm.manager import RequestManager
 from rqarm.replies import Attempt, Taken, UnreadableRequest
@@ -89,30 +89,34 @@ class Waiting:
     def __init__(self, shell: Shell, lists: tuple[str, ...], seconds: float) -> None:
         self._shell, self._lists, self._seconds = shell, lists, seconds
         self._pool: Any = shell.client.connection_pool
-        #: connections by list, and what was sent behind the command that blocks; those that wait for their next turn
-        self._connections: dict[str, tuple[Any, Call[Taken] | None]] = {}
+        #: what waits on the server, by its socket: list, connection, and what was sent behind the command that blocks
+        self._armed: dict[int, tuple[str, Any, Call[Taken] | None]] = {}
+        self._sockets: dict[str, int] = {}
+        #: connections that wait for their next turn
         self._spare: list[Any] = []
 
     def arm(self, take: Call[Taken] | None = None) -> list[int]:
         """Wait on the server; the sockets on which it will say so. Raises RedisError, OSError."""
         try:
-            return [self._ask(name, take) for name in self._lists]
+            return [self._sockets.get(name) or self._ask(name, take) for name in self._lists]
         except (RedisError, OSError):
             self.close()
             raise
 
-    def collect(self) -> list[tuple[Call[Taken], Taken | Exception]]:
-        """Hear what the server has said: the takes that it has answered, and how. Raises RedisError, OSError."""
+    def collect(self, ready: Iterable[int] | None = None) -> list[tuple[Call[Taken], Taken | Exception]]:
+        """Hear what the server has said: the takes that it has answered, and how. ``ready``: the sockets on which it
+        has, when that is known. Raises RedisError, OSError.
+        """
         told: list[tuple[Call[Taken], Taken | Exception]] = []
         try:
-            sockets = {self._socket(connection): name for name, (connection, _) in self._connections.items()}
-            ready, _, _ = select.select(list(sockets), [], [], 0) if sockets else ([], [], [])
+            if ready is None:
+                ready = select.select(list(self._armed), [], [], 0)[0] if self._armed else ()
             for socket in ready:
-                connection, take = self._connections[sockets[socket]]
+                name, connection, take = self._armed[socket]
                 connection.read_response()
                 if take is not None:
                     told.append((take, self._answer(take, connection)))
-                del self._connections[sockets[socket]]
+                del self._armed[socket], self._sockets[name]
                 self._spare.append(connection)
         except (RedisError, OSError):
             self.close()
@@ -136,32 +140,30 @@ class Waiting:
             ready, _, _ = select.select([other, *self.arm(take)], [], [], self._seconds + 1)
             if not ready:
                 self.close()  # the server should have said so by now
-            told = self.collect()
+            told = self.collect(socket for socket in ready if socket != other)
         answers = [answer for asked, answer in told if asked is take]
         # two lists may answer: the one first, with nothing, and then the other
         return next((answer for answer in answers if _has_begun(answer)), answers[-1] if answers else None)
 
     def _ask(self, name: str, take: Call[Taken] | None) -> int:
-        if name not in self._connections:
-            connection = self._spare.pop() if self._spare else self._pool.get_connection()
-            self._connections[name] = connection, take
-            block = ("BLMOVE", name, name, "LEFT", "LEFT", f"{self._seconds:.3f}")
-            connection.send_packed_command(self._shell.packed(connection, block, *(() if take is None else (take,))))
-        return self._socket(self._connections[name][0])
-
-    @staticmethod
-    def _socket(connection: Any) -> int:
-        if connection._sock is None:
-            raise RedisConnectionError("the connection that waits for work was closed")
-        return int(connection._sock.fileno())
+        connection = self._spare.pop() if self._spare else self._pool.get_connection()
+        block = Command(("BLMOVE", name, name, "LEFT", "LEFT", f"{self._seconds:.3f}"), bytes)
+        try:
+            connection.send_packed_command(self._shell.packed(block, *(() if take is None else (take,))))
+        except (RedisError, OSError):
+            self._spare.append(connection)  # what is closed, is closed with the others
+            raise
+        socket = int(connection._sock.fileno())
+        self._armed[socket], self._sockets[name] = (name, connection, take), socket
+        return socket
 
     def close(self) -> None:
         """What was sent may be done all the same."""
-        for connection in [*self._spare, *(connection for connection, _ in self._connections.values())]:
+        for connection in [*self._spare, *(connection for _, connection, _ in self._armed.values())]:
             connection.disconnect()
             self._pool.release(connection)
-        self._connections.clear()
-        self._spare.clear()
+        for what in (self._armed, self._sockets, self._spare):
+            what.clear()
 
 
 def _has_begun(taken: Taken | Exception) -> bool:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, TypeVar
 
 from rq.timeouts import JobTimeoutException
@@ -17,6 +18,10 @@ T = TypeVar("T")
 
 #: seconds by which the alarm comes after the limit of an async handler, which its event loop keeps better
 ALARM_DELAY = 1.0
+
+
+#: signal.signal without its search for the name of the handler that was there, which takes longer than all else here
+_set_handler: Callable[[int, Any], Any] = import_module("_signal").signal
 
 
 class TimeLimit(Exception):
@@ -35,7 +40,7 @@ class Alarm:
     limit = 0.0
 
     def __enter__(self) -> None:
-        signal.signal(signal.SIGALRM, self._ring)
+        _set_handler(signal.SIGALRM, self._ring)
         signal.setitimer(signal.ITIMER_REAL, max(self.limit, 0.001))
 
     def __exit__(self, *_: object) -> None:
