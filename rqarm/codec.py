@@ -228,6 +228,18 @@ class Encoded:
             self.close()
             raise
 
+    @classmethod
+    def at_once(cls, source: _Source) -> Encoded:
+        """A body that is too small for all decisions: most results are."""
+        assert source.body is not None
+        body = bytes(source.body)
+        encoded = cls.__new__(cls)
+        encoded.inline, encoded._source, encoded._is_taken, encoded._is_closed = body, source, False, True
+        encoded._encoding = ""
+        encoded._seal(len(body), len(body), zlib.crc32(body), 0)
+        source.close()
+        return encoded
+
     @property
     def envelope(self) -> Envelope:
         """What was encoded. Raises RuntimeError before the last chunk was taken: its size is not known yet."""
@@ -355,7 +367,10 @@ def encode(value: Any, settings: Settings, *, zstd: bool | None = None) -> Encod
         raise ConfigError(f"chunk_bytes must stay below {MAX_CHUNK_BYTES} bytes, Redis's longest string, by 1 MiB")
     if zstd and find_zstd() is None:
         raise ConfigError("zstd=True, but this Python has no zstd: install rqarm[zstd]")
-    return Encoded(_source(value, settings.max_result_bytes), settings, zstd)
+    source = _source(value, settings.max_result_bytes)
+    if source.body is not None and len(source.body) <= min(settings.inline_bytes, settings.compress_above):
+        return Encoded.at_once(source)
+    return Encoded(source, settings, zstd)
 
 
 #: types of most values; what they are not takes long to ask

@@ -42,7 +42,7 @@ T = TypeVar("T")
 #: seconds after which a waiter reads the record again, woken or not: a lost wake-up costs this at the most
 RECHECK = 5.0
 #: seconds that a waiter trusts that nothing has happened to a request that was new a moment ago
-FRESH = 0.005
+FRESH = 0.002
 #: seconds until a request that this version cannot read is offered again
 UNREADABLE_DELAY = 5.0
 #: seconds until RQ's scheduler offers a parked request again. It is called up long before; this is for the case that

@@ -20,7 +20,7 @@ from rqarm import mounts
 from rqarm.context import Context
 from rqarm.errors import ConfigError, InvalidRequest, NoHandler
 from rqarm.model import OWN_OPERATION, FollowUp, Key
-from rqarm.parameters import parameters_of, signature_of
+from rqarm.parameters import Parameter, parameters_of, signature_of
 from rqarm.request import BatchRequest
 from rqarm.resources import Resources
 from rqarm.routes import Options, Retry, Route
@@ -181,15 +181,17 @@ class Handler(Generic[P, R]):
     def _arguments(self, texts: Mapping[str, list[str]]) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
         for parameter in self._parameters:
-            where = f"parameter {parameter.name!r} of {self.route.name}"
             if parameter.name in texts:
                 try:
                     arguments[parameter.name] = parameter.read(texts[parameter.name])
                 except ValueError as error:
-                    raise InvalidRequest(str(error), where=where) from None
+                    raise InvalidRequest(str(error), where=self._place_of(parameter)) from None
             elif parameter.is_required:
-                raise InvalidRequest("is missing and has no default", where=where)
+                raise InvalidRequest("is missing and has no default", where=self._place_of(parameter))
         return arguments
+
+    def _place_of(self, parameter: Parameter) -> str:
+        return f"parameter {parameter.name!r} of {self.route.name}"
 
     def _base(self, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
         if self._template:
@@ -205,9 +207,7 @@ class Handler(Generic[P, R]):
                 try:
                     texts[parameter.name] = parameter.write(given[parameter.name])
                 except (ValueError, TypeError) as error:
-                    raise InvalidRequest(
-                        str(error), where=f"parameter {parameter.name!r} of {self.route.name}"
-                    ) from None
+                    raise InvalidRequest(str(error), where=self._place_of(parameter)) from None
         return {name: each for name, each in texts.items() if each}
 
     def _check_survival(self, request: BatchRequest, texts: Mapping[str, list[str]]) -> None:

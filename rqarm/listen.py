@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import redis
@@ -125,13 +125,26 @@ class _Ledger(Generic[W]):
 
 
 class Watching(_Waiter):
-    """One waiting thread. Made by ``Listener.watch``."""
+    """One waiting thread, as a context manager. Made by ``Listener.watch``."""
 
-    def __init__(self, keys: Sequence[Key], listener: Listener) -> None:
+    def __init__(self, keys: Sequence[Key], listener: Listener, is_sure: bool) -> None:
         super().__init__(keys)
-        self._listener = listener
+        self._listener, self._is_sure = listener, is_sure
         #: on which it sleeps while another reads
         self.bell: threading.Condition | None = None
+
+    def __enter__(self) -> Watching:
+        self._listener.enter(self)
+        if self._is_sure:
+            try:
+                self.confirm()
+            except BaseException:
+                self._listener.leave(self)
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.leave(self)
 
     def wait(self, timeout: float) -> dict[Key, bytes]:
         """Sleep until a watched key wakes, at most ``timeout`` seconds. Which woke since the last call, and what was
@@ -177,22 +190,22 @@ class Listener:
         self._unread = threading.Condition(self._lock)
         self._closing = threading.Event()
 
-    @contextlib.contextmanager
-    def watch(self, keys: Sequence[Key], is_sure: bool = True) -> Iterator[Watching]:
+    def watch(self, keys: Sequence[Key], is_sure: bool = True) -> Watching:
         """Hear of these keys; entered when the subscription stands, or at once when that need not be sure.
 
-        Raises redis TimeoutError when it does not stand in time.
+        Entering raises redis TimeoutError when it does not stand in time.
         """
-        watching = Watching(keys, self)
-        try:
-            with self._lock:
-                self._send("SUBSCRIBE", self._ledger.enter(watching))
-            if is_sure:
-                self.confirm(watching)
-            yield watching
-        finally:
-            with self._lock:
-                self._send("UNSUBSCRIBE", self._ledger.leave(watching))
+        return Watching(keys, self, is_sure)
+
+    def enter(self, watching: Watching) -> None:
+        """It hears of its keys as soon as the subscription stands."""
+        with self._lock:
+            self._send("SUBSCRIBE", self._ledger.enter(watching))
+
+    def leave(self, watching: Watching) -> None:
+        """It hears nothing any more."""
+        with self._lock:
+            self._send("UNSUBSCRIBE", self._ledger.leave(watching))
 
     def close(self) -> None:
         """Give the connection back. Who still waits hears nothing more."""

@@ -147,11 +147,10 @@ class Shell:
         yield from self._drive(flow)
 
     def _drive(self, flow: Flow[Any]) -> Generator[Any, None, Any]:
-        watching: Watching | None = None
-        with contextlib.ExitStack() as stack:
-            stack.callback(flow.close)
-            answer: Any = None
-            failure: Exception | None = None
+        watchings: list[Watching] = []
+        answer: Any = None
+        failure: Exception | None = None
+        try:
             while True:
                 try:
                     step = flow.send(answer) if failure is None else flow.throw(failure)
@@ -161,17 +160,20 @@ class Shell:
                 try:
                     if isinstance(step, Emit):
                         yield step.item
-                    elif isinstance(step, Watch) and watching is not None and watching.keys == step.keys:
-                        watching.confirm()
+                    elif isinstance(step, Watch) and watchings and watchings[-1].keys == step.keys:
+                        watchings[-1].confirm()
                     elif isinstance(step, Watch):
-                        watching = stack.enter_context(self._listening().watch(step.keys, step.is_sure))
+                        watchings.append(self._listening().watch(step.keys, step.is_sure).__enter__())
                     elif isinstance(step, Listen):
-                        assert watching is not None, "a flow listens to what it watches"
-                        answer = watching.wait(step.timeout)
+                        answer = watchings[-1].wait(step.timeout)
                     else:
                         answer = self.execute(step)
                 except Exception as error:  # noqa: BLE001 -- it belongs to the flow, which may have to tidy up
                     failure = self._wire.explain(step, error)
+        finally:
+            for watching in watchings:
+                watching.__exit__()
+            flow.close()
 
     def execute(self, step: Call[Any] | Command[Any] | Batch[Any]) -> Any:
         """The answer to one step. Raises redis errors, ServerUnavailable, ForeignData, ServerUnsuitable."""

@@ -201,7 +201,7 @@ class Execution:
         try:
             match = self.match()
             route = match.route
-            if not (yield from self._admit(route)):
+            if route.max_running is not None and not (yield from self._admit(route, route.max_running)):
                 self._tell("parked", route)
                 return
             self._check()
@@ -312,11 +312,9 @@ class Execution:
         if self.hold.is_lost():
             raise LeaseLost(self.attempt.key, "cancelled or taken over")
 
-    def _admit(self, route: Route) -> Generator[Any, Any, bool]:
+    def _admit(self, route: Route, max_running: int) -> Generator[Any, Any, bool]:
         """Whether the route's limit has a place. Else the attempt was handed back: there is nothing more to do."""
-        if route.max_running is None:
-            return True
-        admission = flows.admit(self.core, self.attempt, route.name, route.max_running)
+        admission = flows.admit(self.core, self.attempt, route.name, max_running)
         is_admitted: bool = yield from self._insist(admission)
         return is_admitted
 
