@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import os
 import signal
@@ -38,6 +39,7 @@ from rqarm.model import Key
 from rqarm.replies import Attempt
 from rqarm.shell import Shell
 from rqarm.worker import perform
+from rqarm.worker.execution import Execution
 from rqarm.worker.limits import time_limit
 
 #: far above what any test needs; a test that reaches it is wrong
@@ -388,6 +390,18 @@ def test_a_failure_answers_for_as_long_as_route_or_manager_say(
     bench.route(handler, negative_ttl=of_route)
     bench.run()
     assert bench.rm.submit("/x").outcome == ("negative" if answers else "new")
+
+
+def test_an_execution_that_has_ended_leaves_nothing_to_the_garbage_collector(bench: Bench) -> None:
+    bench.route(lambda context: context.attempt)
+    bench.run("/x")  # loads what there is to load
+    gc.collect()
+    gc.disable()
+    try:
+        assert bench.run("/x?n=2").state == "completed"
+        assert not [each for each in gc.get_objects() if isinstance(each, Execution | Context)]
+    finally:
+        gc.enable()
 
 
 def test_the_record_of_a_failure_is_kept_as_long_as_the_route_says(bench: Bench) -> None:

@@ -519,6 +519,7 @@ class Execution:
             outcome, error = f"{outcome} ({error.state})", None
         is_found = self._context is not None and self._context.is_found
         tell(self.core, self.attempt, self.worker, route, outcome, self.spent(), error, is_found=is_found)
+        self._context = None  # it leads back here: else only the garbage collector would find the two
 
 
 def _refuse_on_a_loop(better: str) -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("rqarm.worker")
 T = TypeVar("T")
 
-#: steps that one round trip carries at the most
-TOGETHER = 100
+#: steps that one round trip carries at the most. Not many: who has his answer works while the next are on their way
+TOGETHER = 64
 #: seconds until a server that refused is asked again
 PATIENCE = 1.0
 
@@ -55,44 +56,39 @@ class Pump:
     def __init__(self, ask: Callable[[Batch[Any]], list[Any]]) -> None:
         self._ask = ask
         self._thread = ThreadPoolExecutor(1, "rqarm-pump")
-        self._asked: list[tuple[Any, asyncio.Future[Any]]] = []
+        self._asked: deque[tuple[tuple[Any, ...], asyncio.Future[list[Any]]]] = deque()
         self._pumping: asyncio.Task[None] | None = None
 
     async def execute(self, step: Any) -> Any:
         """The answer to a Call, a Command or a Batch. Raises its error; those in a Batch that settles are answers."""
-        steps = step.steps if isinstance(step, Batch) else (step,)
-        answers = await asyncio.gather(*(self._answer_to(each) for each in steps), return_exceptions=True)
+        future = asyncio.get_running_loop().create_future()
+        self._asked.append((step.steps if isinstance(step, Batch) else (step,), future))
+        if self._pumping is None:
+            self._pumping = asyncio.create_task(self._pump())
+        answers: list[Any] = await future
         if isinstance(step, Batch) and step.settles:
-            return list(answers)
+            return answers
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
-        return list(answers) if isinstance(step, Batch) else answers[0]
-
-    def _answer_to(self, step: Any) -> asyncio.Future[Any]:
-        future = asyncio.get_running_loop().create_future()
-        self._asked.append((step, future))
-        if self._pumping is None:
-            self._pumping = asyncio.create_task(self._pump())
-        return future
+        return answers if isinstance(step, Batch) else answers[0]
 
     async def _pump(self) -> None:
         loop = asyncio.get_running_loop()
         while self._asked:
-            asked, self._asked = self._asked[:TOGETHER], self._asked[TOGETHER:]
+            futures: list[tuple[asyncio.Future[list[Any]], int, int]] = []
+            steps: list[Any] = []
+            while self._asked and len(steps) < TOGETHER:
+                more, future = self._asked.popleft()
+                futures.append((future, len(steps), len(steps) + len(more)))
+                steps += more
             try:
-                answers = await loop.run_in_executor(
-                    self._thread, self._ask, Batch(tuple(step for step, _ in asked), settles=True)
-                )
+                answers = await loop.run_in_executor(self._thread, self._ask, Batch(tuple(steps), settles=True))
             except Exception as error:  # noqa: BLE001 -- the answer to all of them
-                answers = [error] * len(asked)
-            for (_, future), answer in zip(asked, answers, strict=True):
-                if future.done():
-                    continue
-                if isinstance(answer, Exception):
-                    future.set_exception(answer)
-                else:
-                    future.set_result(answer)
+                answers = [error] * len(steps)
+            for future, start, end in futures:
+                if not future.done():
+                    future.set_result(answers[start:end])
         self._pumping = None
 
     async def run(self, call: Callable[[], Any]) -> Any:
