@@ -110,6 +110,16 @@ class Jobs(Protocol):
     def dismiss(self, job_id: str, queue: str, priority: Priority) -> str: ...
 
 
+@dataclass(slots=True)
+class Habit:
+    """What the last call of a manager was like, for the next one will mostly be alike. Never more than a hint.
+
+    ``waits``: the last ``get`` found nothing in the cache.
+    """
+
+    waits: bool = False
+
+
 @dataclass(frozen=True)
 class Core:
     """What every flow of one manager needs."""
@@ -117,6 +127,7 @@ class Core:
     settings: Settings
     jobs: Jobs
     clock: Callable[[], float] = time.monotonic
+    habit: Habit = field(default_factory=Habit)
     keys: Keys = field(init=False)
     calls: Calls = field(init=False)
 
@@ -267,7 +278,12 @@ def result(core: Core, key: str, timeout: float | None = 0) -> Flow[Any]:
 
 def get(core: Core, request: BatchRequest | str, timeout: float | None = None) -> Flow[Any]:
     """Submit and wait: the value."""
+    request = as_request(request)
+    if core.habit.waits:
+        # before the submit, so that the end cannot be sooner than the subscription
+        yield Watch((core.identify(request).key,), is_sure=False)
     _, answer = yield from get_or_submit(core, request, None, value_only=True)
+    core.habit.waits = isinstance(answer, BatchStatus)
     if not isinstance(answer, BatchStatus):
         return answer
     found = yield from _wait_for(core, answer.key, timeout, is_fresh=answer.outcome is Outcome.NEW)

@@ -161,7 +161,8 @@ class Shell:
                     if isinstance(step, Emit):
                         yield step.item
                     elif isinstance(step, Watch) and watchings and watchings[-1].keys == step.keys:
-                        watchings[-1].confirm()
+                        if step.is_sure:
+                            watchings[-1].confirm()
                     elif isinstance(step, Watch):
                         watchings.append(self._listening().watch(step.keys, step.is_sure).__enter__())
                     elif isinstance(step, Listen):
@@ -359,7 +360,8 @@ class AsyncShell:
                     if isinstance(step, Emit):
                         yield step.item
                     elif isinstance(step, Watch) and watching is not None and watching.keys == step.keys:
-                        await watching.confirm()
+                        if step.is_sure:
+                            await watching.confirm()
                     elif isinstance(step, Watch):
                         watching = await stack.enter_async_context(self._listening().watch(step.keys, step.is_sure))
                     elif isinstance(step, Listen):
