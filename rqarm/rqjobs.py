@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import secrets
 import zlib
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from json.encoder import encode_basestring_ascii
 from typing import Any
@@ -224,7 +225,7 @@ class _Template:
     def __init__(self, commands: list[list[bytes]]) -> None:
         self._data, self._data_at = b"", list[int]()
         lists = []
-        for number, command in enumerate(map(_without_empty_fields, commands), 1):
+        for number, command in enumerate(_merged(map(_without_empty_fields, commands)), 1):
             arguments = [self._argument(number, command, position) for position in range(len(command))]
             lists.append(f"[{','.join(arguments)}]")
         self._text = f"[{','.join(lists)},{json.dumps(self._data_at)}]"
@@ -255,6 +256,19 @@ class _Template:
             "due": now.timestamp() + delay + 0.999,
         }
         return Ticket(job_id, commands, self._data)
+
+
+def _merged(commands: Iterable[list[bytes]]) -> list[list[bytes]]:
+    """RQ writes the status of a job and then the whole job: one HSET does both, the later value counts."""
+    merged: list[list[bytes]] = []
+    for command in commands:
+        if merged and command[0] == b"HSET" and merged[-1][:2] == command[:2]:
+            fields = dict(zip(merged[-1][2::2], merged[-1][3::2], strict=True))
+            fields |= dict(zip(command[2::2], command[3::2], strict=True))
+            merged[-1] = command[:2] + [part for pair in fields.items() for part in pair]
+        else:
+            merged.append(command)
+    return merged
 
 
 def _without_empty_fields(command: list[bytes]) -> list[bytes]:

@@ -21,6 +21,8 @@ _FOLDER = resources.files("rqarm") / "lua"
 _ENTRY = re.compile(r"^-- (KEYS|ARGV) +(\S+) +(\S+) *(.*)$")
 _COMMENT = re.compile(r"--.*")
 _DEFINED = re.compile(r"^local (?:function )?(\w+)(?:, (\w+))?", re.MULTILINE)
+#: from the mark of a block that hardly ever runs to its end; none stands in another
+_RARE = re.compile(r"^ *-- RARE\n(.*?)^ *-- /RARE\n", re.MULTILINE | re.DOTALL)
 _OUTCOME = re.compile(r"\{'([a-z_]+)'")
 
 
@@ -76,23 +78,40 @@ def prelude() -> str:
 
 def _with_prelude(paragraphs: list[str], parts: list[str]) -> str:
     """The parts of a script, each behind the paragraphs of the prelude that it is the first to need."""
-    text, given = "", set[int]()
+    text, given = "", frozenset[int]()
     for part in parts:
-        wanted = _needed(paragraphs, part) - given
-        text += "".join(paragraphs[i] + "\n\n" for i in sorted(wanted)) + part
-        given |= wanted
+        text += _filled(paragraphs, part, given)
+        given |= _needed(paragraphs, part)
     return text
 
 
-def _needed(paragraphs: list[str], part: str) -> set[int]:
-    """The paragraphs whose names the part uses, or that these use in turn."""
+def _filled(paragraphs: list[str], part: str, given: frozenset[int]) -> str:
+    """A part behind the paragraphs that it needs beside those that are ``given``, and so each of its rare blocks.
+
+    A script makes its functions anew at every run, and that costs more than most of what it does. So what only a rare
+    block needs is made in that block: a paragraph sees those in front of it, and its rare blocks what they need too.
+    """
+    wanted = _needed(paragraphs, part) - given
+    text = ""
+    for i in sorted(wanted):
+        before = given | {each for each in wanted if each < i}
+        text += _with_blocks(paragraphs, paragraphs[i], before) + "\n\n"
+    return text + _with_blocks(paragraphs, part, given | wanted)
+
+
+def _with_blocks(paragraphs: list[str], part: str, given: frozenset[int]) -> str:
+    return _RARE.sub(lambda block: _filled(paragraphs, block[1], given), part)
+
+
+def _needed(paragraphs: list[str], part: str) -> frozenset[int]:
+    """The paragraphs whose names the part uses, or that these use in turn; what rare blocks use does not count."""
     defined = [{name for pair in _DEFINED.findall(paragraph) for name in pair if name} for paragraph in paragraphs]
     wanted, text = set[int](), part
     while True:
-        words = set(re.findall(r"\w+", _COMMENT.sub("", text)))
+        words = set(re.findall(r"\w+", _COMMENT.sub("", _RARE.sub("", text))))
         more = {i for i, names in enumerate(defined) if i not in wanted and words.intersection(names)}
         if not more:
-            return wanted
+            return frozenset(wanted)
         wanted |= more
         text = "\n".join(paragraphs[i] for i in more)
 

@@ -91,8 +91,8 @@ MUTANTS = [
     Mutant(
         "complete-keeps-the-lease",
         "lua/prelude/claims.lua",
-        "vacate(key, fields.limit) end\n  redis.call('ZREM', leases_name(), key)\nend",
-        "vacate(key, fields.limit) end\nend",
+        "-- /RARE\n  end\n  redis.call('ZREM', leases_name(), key)\nend",
+        "-- /RARE\n  end\nend",
     ),
     Mutant(
         "no-wake-up",
@@ -176,8 +176,8 @@ MUTANTS = [
     Mutant(
         "cancel-leaves-the-line",
         "lua/prelude/claims.lua",
-        "local function make_room(key, fields)\n  leave_line(key, fields)\n",
-        "local function make_room(key, fields)\n",
+        "    leave_line(key, fields)\n    -- /RARE\n",
+        "    -- /RARE\n",
     ),
     Mutant(
         "load-is-never-given-back",
@@ -214,8 +214,8 @@ MUTANTS = [
     Mutant(
         "an-end-keeps-its-place",
         "lua/prelude/claims.lua",
-        "  if fields.limit then vacate(key, fields.limit) end\n  redis.call('ZREM', leases_name(), key)\nend",
-        "  redis.call('ZREM', leases_name(), key)\nend",
+        "    vacate(key, fields.limit)\n    -- /RARE\n",
+        "    -- /RARE\n",
     ),
     Mutant(
         "a-retry-keeps-its-place",
@@ -245,7 +245,12 @@ MUTANTS = [
         "false",
     ),
     Mutant("sweep-keeps-lost-places", "lua/sweep.lua", "  check_limits()\n", ""),
-    Mutant("worker-asks-for-no-place", "worker/execution.py", "if route.max_running is None:", "if True:"),
+    Mutant(
+        "worker-asks-for-no-place",
+        "worker/execution.py",
+        "if route.max_running is not None and not",
+        "if False and not",
+    ),
     Mutant(
         "take-passes-over-what-is-foreign",
         "lua/take.lua",

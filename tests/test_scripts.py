@@ -110,6 +110,29 @@ def test_every_word_that_a_body_returns_is_in_its_header_and_reverse(name: str) 
     assert words == script(name).outcomes
 
 
+def test_what_only_a_rare_block_needs_is_made_in_it() -> None:
+    paragraphs = [
+        "local function one() end\n",
+        "local function two() one() end\n",
+        "local function three() end\n",
+        "local function four()\n  -- RARE\n  two()\n  three()\n  -- /RARE\nend\n",
+    ]
+    text = scripts._with_prelude(paragraphs, ["three()\n", "four()\n"])
+    shown = [line.strip() for line in text.splitlines() if line.strip()]
+    assert shown == [
+        "local function three() end", "three()",
+        "local function four()", "local function one() end", "local function two() one() end", "two()", "three()",
+        "end", "four()",
+    ]  # fmt: skip
+
+
+def test_each_rare_block_ends_before_the_next_and_in_its_paragraph() -> None:
+    for text in [*prelude().split("\n\n"), *(SOURCES[name] for name in NAMES)]:
+        marks = re.findall(r"^ *-- (/?RARE)$", text, re.MULTILINE)
+        assert marks == ["RARE", "/RARE"] * (len(marks) // 2)
+        assert len(scripts._RARE.findall(text)) == len(marks) // 2
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_script_begins_with_its_name_and_what_it_is_for(name: str) -> None:
     assert SOURCES[name].startswith(f"-- {name}: ")

@@ -39,11 +39,17 @@ if claim.state == 'completed' and claim.done_token == token then
   return {'already', handed and redis.call('HVALS', handed)}
 end
 if claim.state ~= 'in_progress' or claim.token ~= token then
+  -- RARE
   count_refusal(claim, token)
   return {'lost', claim.state or 'unknown'}
+  -- /RARE
 end
-local missing = chunks_missing(key, token, chunks)
-if missing > 0 then return {'torn', missing} end
+if chunks > 0 then
+  -- RARE
+  local missing = chunks_missing(key, token, chunks)
+  if missing > 0 then return {'torn', missing} end
+  -- /RARE
+end
 
 local asked_ms = tonumber(claim.ttl_ms) or 0
 local keep = claim.sticky == '1' or (sticky == '1' and asked_ms == 0)
@@ -64,12 +70,14 @@ if handed then
 elseif follow_up[1] then
   -- The callback has the result in a place of its own, so neither a short life nor a forget takes it away. Pieces are too
   -- large for that: they live longer.
+  -- RARE
   local is_small, needed_ms = chunks == 0, tonumber(follow_up[8])
   follow(key, follow_up, claim, false, {'owner', token, 'envelope', envelope, is_small and 'bytes' or 'chunks',
     is_small and bytes or int(chunks)})
   if not keep and life_ms < needed_ms then
     for n = 0, chunks - 1 do expire_at(chunk_name(key, token, n), now_ms + needed_ms) end
   end
+  -- /RARE
 end
 local gone = {callbacks_name(key)}
 if job ~= '' then gone[2] = job end

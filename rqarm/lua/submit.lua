@@ -101,33 +101,11 @@ local function keep_payload()
   end
 end
 
--- What a joiner of an alias wishes goes to the root too.
-local function merge()
-  raise_wishes(key, claim, tonumber(sticky), ttl_ms, fallback_ttl_ms)
-  if root and is_live then
-    raise_wishes(root, record(root, 'sticky', 'ttl_ms', 'fallback_ttl_ms'), tonumber(sticky), ttl_ms, fallback_ttl_ms)
-  end
-  keep_payload()
-end
-
--- My ticket replaces the claim's, which will find itself superseded. The record says where mine stands. A better
--- priority or another queue means the end of that line, for the line as for RQ's list: else position and eta lie.
-local function replace_ticket()
-  local better = math.min(priority, tonumber(claim.priority))
-  if better < tonumber(claim.priority) or queue ~= claim.queue then
-    leave_line(key, claim)
-    claim.queue, claim.priority, claim.ticket, claim.slot = queue, better, next_seq(), nil
-    redis.call('HSET', status, 'queue', queue, 'priority', int(better), 'ticket', int(claim.ticket))
-  end
-  requeue(key, claim, job_id, commands, data)
-  -- Mine is in the queue now, whatever the old one waited for: were it lost, the sweep would wait that long to look.
-  redis.call('HDEL', status, 'due_ms')
-end
-
 local function claim_it()
   -- First of all writes, because the server refuses it when memory is out. Behind a DEL it would let everything pass.
   local ticket = next_seq()
   if state then
+    -- RARE
     -- A result that was evicted or deleted still stands in the indexes; a sticky one would for ever.
     if state == 'completed' or redis.call('EXISTS', result_name(key)) == 1 then
       drop_result(key, redis.call('EXISTS', result_name(key)) == 0 and 'lost' or 'replaced')
@@ -135,6 +113,7 @@ local function claim_it()
     redis.call('DEL', status, emitted_name(key))
     redis.call('PERSIST', callbacks_name(key))
     readmit(key)
+    -- /RARE
   end
   if est_ms == 0 then
     local learned = redis.call('HMGET', stats_name('runtime'), family, '*')
@@ -142,7 +121,11 @@ local function claim_it()
   end
   keep_payload()
   enter(key, uri, request, job_id, commands, data, queue, priority, ticket, est_ms, sticky, ttl_ms, fallback_ttl_ms)
-  if tags ~= '' then index_tags(key, tags) end
+  if tags ~= '' then
+    -- RARE
+    index_tags(key, tags)
+    -- /RARE
+  end
   if #more % 2 == 1 then redis.call('HSET', status, 'trace', more[#more]) end
 end
 
@@ -153,13 +136,39 @@ if state and known_uri ~= uri then
   outcome, extra = 'conflict', known_uri
 elseif state == 'completed' and (again == '0' or claim.job_id == job_id)
   and redis.call('EXISTS', result_name(holder)) == 1 then
+  -- RARE
   lengthen(holder, sticky == '1', ttl_ms)
   outcome, extra = 'hit', stored_result(key, claim.alias)
+  -- /RARE
 elseif state and claim.job_id == job_id then
   -- The same call, sent again because its reply was lost. Also when the request has ended since: it must not run
   -- twice for that, and RQ must not see one job id twice.
   outcome = claim.moved_by == job_id and 'joined' or 'new'
 elseif state == 'pending' or state == 'in_progress' then
+  -- RARE
+  -- What a joiner of an alias wishes goes to the root too.
+  local function merge()
+    raise_wishes(key, claim, tonumber(sticky), ttl_ms, fallback_ttl_ms)
+    if root and is_live then
+      raise_wishes(root, record(root, 'sticky', 'ttl_ms', 'fallback_ttl_ms'), tonumber(sticky), ttl_ms, fallback_ttl_ms)
+    end
+    keep_payload()
+  end
+
+  -- My ticket replaces the claim's, which will find itself superseded. The record says where mine stands. A better
+  -- priority or another queue means the end of that line, for the line as for RQ's list: else position and eta lie.
+  local function replace_ticket()
+    local better = math.min(priority, tonumber(claim.priority))
+    if better < tonumber(claim.priority) or queue ~= claim.queue then
+      leave_line(key, claim)
+      claim.queue, claim.priority, claim.ticket, claim.slot = queue, better, next_seq(), nil
+      redis.call('HSET', status, 'queue', queue, 'priority', int(better), 'ticket', int(claim.ticket))
+    end
+    requeue(key, claim, job_id, commands, data)
+    -- Mine is in the queue now, whatever the old one waited for: were it lost, the sweep would wait that long to look.
+    redis.call('HDEL', status, 'due_ms')
+  end
+
   local strikes = tonumber(claim.crashes) or 0
   if state == 'pending' and not is_live then
     if root then break_away(key, root) end
@@ -192,6 +201,7 @@ elseif state == 'pending' or state == 'in_progress' then
     end
     outcome = 'joined'
   end
+  -- /RARE
 elseif again == '0' and state == 'failed'
   and (BLOCKING[claim.quarantined or ''] or tonumber(claim.negative_until or 0) > now_ms) then
   outcome = 'negative'

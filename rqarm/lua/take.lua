@@ -64,7 +64,11 @@ local function next_ticket(list)
     local is_running = claim.state == 'in_progress' and claim.job_id == job_id
     if not is_running and not (is_next and is_worker) then redis.call('DEL', job_prefix .. job_id) end
     if is_next then
-      if is_again then revoke_failure(key, claim) end
+      if is_again then
+        -- RARE
+        revoke_failure(key, claim)
+        -- /RARE
+      end
       begin(key, claim, exec, worker, lease_ms)
       redis.call('HSET', takers_name(), taker, exec .. ' ' .. key)
       claim.key = key

@@ -77,7 +77,11 @@ local function begin(key, fields, exec, worker, lease_ms)
   redis.call('ZADD', leases_name(), int(now_ms + lease_ms), key)
   local token, status = next_seq(), status_name(key)
   leave_line(key, fields)
-  if fields.limit then arrive(key, fields.limit) end
+  if fields.limit then
+    -- RARE
+    arrive(key, fields.limit)
+    -- /RARE
+  end
   if fields.state == 'failed' then
     redis.call('PERSIST', status)
     redis.call('PERSIST', callbacks_name(key))
@@ -119,8 +123,16 @@ end
 
 -- The end of a flight, whatever the end is: first for the others, then in the record.
 local function make_room(key, fields)
-  leave_line(key, fields)
-  if fields.limit then vacate(key, fields.limit) end
+  if fields.state ~= 'in_progress' then
+    -- RARE
+    leave_line(key, fields)
+    -- /RARE
+  end
+  if fields.limit then
+    -- RARE
+    vacate(key, fields.limit)
+    -- /RARE
+  end
   redis.call('ZREM', leases_name(), key)
 end
 

@@ -154,14 +154,22 @@ local function counted(family)
 end
 
 local function count_submission(outcome, key, family, fields)
-  if note_submission(outcome, key, family, fields) then settle('submissions') end
+  if note_submission(outcome, key, family, fields) then
+    -- RARE
+    settle('submissions')
+    -- /RARE
+  end
 end
 
 -- A note of an attempt that ended: minute, word; if for good: family, queue, ms that it ran and had waited, stored size.
 local function note_end(word, family, queue, run_ms, wait_ms, size_bytes)
   local noted = redis.pcall('RPUSH', noted_name('executions'), int(now_ms / 60000) .. '\n' .. word .. '\n'
     .. string.sub(family, 1, 61) .. '\n' .. queue .. '\n' .. run_ms .. '\n' .. wait_ms .. '\n' .. size_bytes)
-  if type(noted) == 'number' and noted >= MOST_NOTED then settle('executions') end
+  if type(noted) == 'number' and noted >= MOST_NOTED then
+    -- RARE
+    settle('executions')
+    -- /RARE
+  end
 end
 
 local function count(family, word)

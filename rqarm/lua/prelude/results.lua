@@ -86,10 +86,12 @@ local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks
   -- An earlier one stands in the index, also when it has expired and the sweep has not looked; its size must not count for
   -- ever.
   if redis.call('ZADD', sizes_name(), 'NX', size_bytes, key) == 0 then
+    -- RARE
     local old = redis.call('HGET', result_name(key), 'owner')
     if old and old ~= owner then drop_result(key) else drop_index(key, 'expired') end
     redis.call('DEL', result_name(key))
     redis.call('ZADD', sizes_name(), size_bytes, key)
+    -- /RARE
   end
   local is_small = chunks == 0
   redis.call('HSET', result_name(key), 'owner', owner, 'envelope', envelope, is_small and 'bytes' or 'chunks',
@@ -103,7 +105,11 @@ local function commit(key, owner, done_token, sticky, ttl_ms, size_bytes, chunks
   expire_together(key, owner, chunks, deadline_ms)
   add_bytes(size_bytes, sticky)
   wake(key, 'completed', is_small and envelope, bytes)
-  complete_aliases(led_by(key), key, deadline_ms)
+  if redis.call('EXISTS', aliases_name(key)) == 1 then
+    -- RARE
+    complete_aliases(led_by(key), key, deadline_ms)
+    -- /RARE
+  end
 end
 
 -- Weight of the newest run in the learned run time, and the most families that are learned.
