@@ -298,8 +298,12 @@ class Listener:
         """
         end = None if self._connection is None else self._connection._sock
         if channels and end is not None:
-            with contextlib.suppress(OSError):
+            try:
                 end.sendall(b"".join(self._connection.pack_command(verb, *channels)))
+            except OSError:
+                # some of it may have gone, and would spoil what comes behind it
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
 
 
 def _read(connection: Any, timeout: float) -> Any:

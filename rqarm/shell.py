@@ -213,8 +213,7 @@ class Shell:
         """Ask now and read later, by ``receive``: the server works meanwhile. For calls, in a batch that settles."""
         connection = None
         try:
-            # what has broken meanwhile is found when the answers are read
-            connection = self._kept.pop() if self._kept else self._borrow()
+            connection = self._borrow(is_tried=False)  # what has broken is found when the answers are read
             connection.send_packed_command(self.packed(*batch.steps))
         except (redis.exceptions.RedisError, OSError):
             if connection is not None:
@@ -279,14 +278,14 @@ class Shell:
         except ResponseError as error:
             return error
 
-    def _borrow(self) -> Any:
-        """A connection that stands, for one exchange. Raises RedisError."""
+    def _borrow(self, *, is_tried: bool = True) -> Any:
+        """A connection for one exchange; one that stands, if it is to be tried. Raises RedisError."""
         pool = self.client.connection_pool
         if self._pid != os.getpid():
             self._kept, self._pid = [], os.getpid()  # those of the parent, who goes on with them
         while self._kept:
             connection = self._kept.pop()
-            if _is_quiet(connection):
+            if not is_tried or _is_quiet(connection):
                 return connection
             connection.disconnect()
             pool.release(connection)
