@@ -231,9 +231,19 @@ def _send(core: Core, groups: Sequence[Group], *, again: bool) -> Flow[None]:
     if span is not None:
         yield from _send_traced(core, groups, again, span)
         return
-    answers = yield Batch(tuple(_submit_call(core, group, again) for group in groups), settles=True)
+    calls = tuple(_submit_call(core, group, again) for group in groups)
+    answers = yield from _asked(core, calls)
     for group, answer in zip(groups, answers, strict=True):
         group.settle(answer)
+
+
+def _asked(core: Core, calls: Sequence[Call[Any]]) -> Flow[list[Any]]:
+    """The answers to one round trip of submits, errors among them; each with what confirms all of them."""
+    answers: list[Any] = yield Batch((*calls, *core.calls.confirmations), settles=True)
+    if core.calls.confirmations:
+        safe = answers.pop()
+        answers = [answer.confirmed(safe) if isinstance(answer, Found) else answer for answer in answers]
+    return answers
 
 
 def _span(core: Core, groups: Sequence[Group]) -> tracing.Span | None:
@@ -248,7 +258,7 @@ def _send_traced(core: Core, groups: Sequence[Group], again: bool, span: tracing
         calls: list[Call[Any]] = [_submit_call(core, group, again, span.context) for group in groups]
         if span.is_recording:
             calls += [core.calls.link(core.identify(group.request).key, span.traceparent) for group in groups]
-        answers = yield Batch(tuple(calls), settles=True)
+        answers = yield from _asked(core, calls)
         outcomes: Counter[str] = Counter()
         links = []
         for group, answer, linked in zip_longest(groups, answers[: len(groups)], answers[len(groups) :]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 from rqarm import packing
@@ -218,6 +219,21 @@ class Calls:
             return Found(self._status(key, rest[0], OUTCOMES[word], value), stored)
 
         return self._call("submit", key, argv, parse)
+
+    @cached_property
+    def confirmations(self) -> tuple[Command[bool], ...]:
+        """What stands behind submits in their round trip: whether they are as safe as the settings ask. () = not asked.
+
+        It waits for what its connection has written so far. Redis: WAITAOF, WAIT.
+        """
+        settings = self.settings
+        within = ms(settings.durable_timeout)
+        if settings.durability == "synced":
+            return (Command(("WAITAOF", 1, 0, within), lambda reply: int(reply[0]) >= 1),)
+        if settings.durability == "replicated":
+            wanted = settings.durable_replicas
+            return (Command(("WAIT", wanted, within), lambda reply: int(reply) >= wanted),)
+        return ()
 
     def read(self, key: Key, *, with_value: bool) -> Call[Found]:
         """The record, with the result when wanted. No record: state ``unknown``."""

@@ -15,6 +15,10 @@ from urllib.parse import urlsplit
 
 from rqarm.errors import ConfigError
 
+DURABILITIES = ("fast", "synced", "replicated")
+#: below rqarm.connect.READ_TIMEOUT_S
+MAX_DURABLE_TIMEOUT = 4.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -68,6 +72,12 @@ class Settings:
     shutdown_timeout: float = 25.0
     #: accept a server that forgets everything when it restarts
     allow_volatile: bool = False
+    #: when a submit counts as kept: ``fast`` = the server has taken it, ``synced`` = it lies on the server's disk,
+    #: ``replicated`` = ``durable_replicas`` replicas have taken it too
+    durability: str = "fast"
+    durable_replicas: int = 1
+    #: how long a submit waits to hear so; then its status says ``durable`` = False, and it is pending all the same
+    durable_timeout: float = 2.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -80,6 +90,8 @@ class Settings:
             "inline_bytes",
             "chunk_bytes",
             "max_result_bytes",
+            "durable_replicas",
+            "durable_timeout",
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)!r}")
@@ -94,6 +106,13 @@ class Settings:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
+        if self.durability not in DURABILITIES:
+            raise ConfigError(f"durability must be one of {', '.join(DURABILITIES)}, not {self.durability!r}")
+        if self.durable_timeout > MAX_DURABLE_TIMEOUT:
+            raise ConfigError(
+                f"durable_timeout must be at most {MAX_DURABLE_TIMEOUT:g} s, not {self.durable_timeout:g}: a call that "
+                "takes longer counts as lost"
+            )
         if self.renewal > self.lease / 2:
             raise ConfigError(f"renewal ({self.renewal:g} s) must be at most half the lease ({self.lease:g} s)")
         if not self.crash_delays or not all(0 <= delay < math.inf for delay in self.crash_delays):

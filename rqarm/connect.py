@@ -50,6 +50,8 @@ SMALL_MAXMEMORY_BYTES = 64 << 20
 
 OLDEST_REDIS = (7, 0)
 OLDEST_VALKEY = (7, 2)
+#: that knows WAITAOF
+OLDEST_SYNCING_REDIS = (7, 2)
 
 # redis-py leaves these untyped
 _Sentinel: Any = redis.sentinel.Sentinel
@@ -163,13 +165,16 @@ def explain(url: str) -> Iterator[None]:
         raise translated from error
 
 
-def check_server(info: Mapping[str, Any], *, allow_volatile: bool) -> list[str]:
+def check_server(info: Mapping[str, Any], *, allow_volatile: bool, durability: str = "fast") -> list[str]:
     """Warnings about a server, judged by its INFO (redis-py's dict, all default sections). What INFO hides passes.
 
     Raises ServerUnsuitable for a server that would lose requests: too old, a cluster node, a replica, or one that
-    evicts any key. ``allow_volatile``: the caller knows that a restart forgets everything.
+    evicts any key; and one that cannot say whether a submit lies on its disk, when ``durability`` is ``synced``.
+    ``allow_volatile``: the caller knows that a restart forgets everything.
     """
     _refuse_old(info)
+    if durability == "synced":
+        _refuse_unsynced(info)
     if _number(info, "cluster_enabled"):
         raise ServerUnsuitable(
             "the server runs in cluster mode, and RQ's keys span its slots: use a server started without "
@@ -352,14 +357,31 @@ def _number(info: Mapping[str, Any], name: str) -> int:
 
 
 def _refuse_old(info: Mapping[str, Any]) -> None:
-    name, version, oldest = "Redis", info.get("redis_version"), OLDEST_REDIS
-    if "valkey_version" in info:  # Valkey calls itself Redis 7.2.4 in redis_version
-        name, version, oldest = "Valkey", info["valkey_version"], OLDEST_VALKEY
-    if version is None:
-        return
-    numbers = tuple(int(part) for part in re.findall(r"\d+", str(version))[:2])
-    if numbers < oldest:
+    name, version, numbers = _program(info)
+    if numbers and numbers < (OLDEST_VALKEY if name == "Valkey" else OLDEST_REDIS):
         raise ServerUnsuitable(
             f"the server is {name} {version}: upgrade it to Redis {OLDEST_REDIS[0]}.{OLDEST_REDIS[1]} or "
             f"Valkey {OLDEST_VALKEY[0]}.{OLDEST_VALKEY[1]}, or newer"
         )
+
+
+def _refuse_unsynced(info: Mapping[str, Any]) -> None:
+    name, version, numbers = _program(info)
+    if name == "Redis" and numbers and numbers < OLDEST_SYNCING_REDIS:
+        raise ServerUnsuitable(
+            f"durability is synced, and Redis {version} cannot say what lies on its disk (WAITAOF): take Redis "
+            f"{OLDEST_SYNCING_REDIS[0]}.{OLDEST_SYNCING_REDIS[1]}, Valkey, or durability=fast"
+        )
+    if "aof_enabled" in info and not _number(info, "aof_enabled"):
+        raise ServerUnsuitable(
+            "durability is synced, and the server keeps no append-only file: `CONFIG SET appendonly yes`, in its "
+            "configuration too, or durability=fast"
+        )
+
+
+def _program(info: Mapping[str, Any]) -> tuple[str, str, tuple[int, ...]]:
+    """Name and version of the server, as text and in numbers; () = it does not say."""
+    name, version = "Redis", str(info.get("redis_version", ""))
+    if "valkey_version" in info:  # Valkey calls itself Redis 7.2.4 in redis_version
+        name, version = "Valkey", str(info["valkey_version"])
+    return name, version, tuple(int(part) for part in re.findall(r"\d+", version)[:2])

@@ -173,8 +173,18 @@ def submit(
 def _submitted(core: Core, request: BatchRequest, payload: tuple[str, bytes] | None, again: bool) -> Flow[Found]:
     if tracing.is_on():
         return (yield from _submit_traced(core, request, payload, again))
-    found: Found = yield _submit_call(core, request, payload, again)
-    return found
+    call = _submit_call(core, request, payload, again)
+    if not core.calls.confirmations:
+        found: Found = yield call
+        return found
+    answer, safe = yield Batch((call, *core.calls.confirmations), settles=True)
+    return _confirmed(answer, safe)
+
+
+def _confirmed(answer: Found | Exception, safe: Any) -> Found:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer.confirmed(safe)
 
 
 def _submit_call(
@@ -194,10 +204,12 @@ def _submit_traced(core: Core, request: BatchRequest, payload: tuple[str, bytes]
     with span:
         call = _submit_call(core, request, payload, again, span.context)
         links = (core.calls.link(key, span.traceparent),) if span.is_recording else ()
-        answers: list[Any] = yield Batch((call, *links), settles=True)
+        answers: list[Any] = yield Batch((call, *links, *core.calls.confirmations), settles=True)
         found, *linked = answers
         if isinstance(found, Exception):
             raise found
+        if core.calls.confirmations:
+            found = _confirmed(found, linked.pop())
         span.set(rqarm__outcome=found.status.outcome, rqarm__state=found.status.state)
         if found.status.outcome is not Outcome.NEW:
             span.link(context for context in linked if isinstance(context, str))

@@ -161,7 +161,8 @@ class BatchStatus(View):
     not asked for or not in flight. ``eta`` and ``estimated_time`` are seconds. ``progress`` (0 to 1) and its message
     are what the handler told last, while it runs. ``error`` has type, message and traceback. ``reason``: why it is
     ``quarantined``, see ``Reason``; "" when it is not. ``redirect``: the key of the request whose result answers, or
-    will answer, this one. ``value`` is filled on a hit only, and left out of ``to_dict``.
+    will answer, this one. ``durable``: whether a submit is known to be as safe as the setting ``durability`` asks; None
+    = nothing was asked. ``value`` is filled on a hit only, and left out of ``to_dict``.
     """
 
     key: Key
@@ -185,6 +186,7 @@ class BatchStatus(View):
     quarantined: bool = False
     reason: str = ""
     redirect: Key | None = None
+    durable: bool | None = None
     value: Any = field(default=None, repr=False, compare=False)
     hidden: ClassVar[tuple[str, ...]] = ("value", "is_blocked")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
@@ -43,6 +43,10 @@ class Found:
 
     status: BatchStatus
     stored: Stored | None
+
+    def confirmed(self, answer: Any) -> Found:
+        """The same with what the server said about its safety; an error counts as no."""
+        return replace(self, status=replace(self.status, durable=answer is True))
 
 
 @dataclass(frozen=True, slots=True)

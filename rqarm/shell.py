@@ -71,7 +71,9 @@ class _Wire:
 
     def check(self, info: dict[str, Any], settings: Settings) -> None:
         """Refuse a server that would lose requests; say once what is doubtful."""
-        for warning in connect.check_server(info, allow_volatile=settings.allow_volatile):
+        for warning in connect.check_server(
+            info, allow_volatile=settings.allow_volatile, durability=settings.durability
+        ):
             log.warning("%s: %s", connect.redact_url(self.url), warning)
         self.is_checked = True
 
@@ -199,14 +201,13 @@ class Shell:
         return self._wire.read_all(batch, self._replies(batch.steps))
 
     def _replies(self, steps: Sequence[Call[Any] | Command[Any]]) -> list[Any]:
-        """One round trip; the few calls that met a server without their script are sent again."""
+        """One round trip, and another one from the first call that met a server without its script."""
         replies = self._exchange(steps)
-        lost = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-        if lost:
+        first = _first_unknown(replies)
+        if first is not None:
             for script in {step.script for step in steps if isinstance(step, Call)}:
                 self.client.script_load(self._wire.text(script))
-            for i, reply in zip(lost, self._exchange([steps[i] for i in lost]), strict=True):
-                replies[i] = reply
+            replies[first:] = self._exchange(steps[first:])
         return replies
 
     def send(self, batch: Batch[Any]) -> Sent:
@@ -402,14 +403,13 @@ class AsyncShell:
             return await self.client.execute_command(*argv)
 
     async def _batch(self, batch: Batch[Any]) -> list[Any]:
-        """One round trip; the few calls that met a server without their script are sent again."""
+        """One round trip, and another one from the first call that met a server without its script."""
         replies = await self._pipeline(batch.steps)
-        lost = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-        if lost:
+        first = _first_unknown(replies)
+        if first is not None:
             for script in {step.script for step in batch.steps if isinstance(step, Call)}:
                 await self.client.script_load(self._wire.text(script))
-            for i, reply in zip(lost, await self._pipeline([batch.steps[i] for i in lost]), strict=True):
-                replies[i] = reply
+            replies[first:] = await self._pipeline(batch.steps[first:])
         return self._wire.read_all(batch, replies)
 
     async def _pipeline(self, steps: Any) -> list[Any]:
@@ -439,6 +439,13 @@ class AsyncShell:
             await waiting.connection_pool.disconnect()
         if self._owns:
             await self.client.aclose()
+
+
+def _first_unknown(replies: Sequence[Any]) -> int | None:
+    """The first call whose script the server does not know. What stands behind it may be about it, and every call is
+    safe to repeat.
+    """
+    return next((i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)), None)
 
 
 def _is_quiet(connection: Any) -> bool:

@@ -42,6 +42,13 @@ FIELDS = frozenset(
 )
 
 
+#: for people
+NOT_DURABLE = (
+    "the server has taken it, and did not say within durable_timeout that it is safe (durability): it may be lost if "
+    "the server breaks down now; then submit it again"
+)
+
+
 class Lines:
     """The requests in a file. ``options``: those of the command, for what a line does not say itself.
 
@@ -151,11 +158,12 @@ def submit_from(
     """Submit the requests in a file (``-``: standard input); the exit code. Only keys to wait for are kept."""
     outcomes: Counter[str] = Counter()
     awaited: list[tuple[str, Outcome | None]] = []
-    worst = 0
+    worst = unsafe = 0
 
     def note(status: BatchStatus) -> None:
-        nonlocal worst
+        nonlocal worst, unsafe
         outcomes[str(status.outcome)] += 1
+        unsafe += status.durable is False
         if is_waiting and status.state.in_flight:
             awaited.append((status.key, status.outcome))
         elif is_json:
@@ -184,6 +192,8 @@ def submit_from(
             complain("interrupted; what was submitted goes on, and can be submitted again")
             raise click.exceptions.Exit(INTERRUPTED) from None
     _summarize(outcomes, lines.bad, is_json)
+    if unsafe:
+        complain(f"{unsafe:,} of these: {NOT_DURABLE}")
     if lines.invalid:
         worst = max(worst, USAGE)
     return max(worst, _wait_for_all(rm, awaited, timeout, is_json)) if is_waiting else worst

@@ -88,7 +88,9 @@ def _findings(target: Target, url: str) -> Iterator[Finding]:
         info: dict[str, Any] = client.info()
         yield Finding("server", Verdict.OK, f"{_version(info)} at {connect.redact_url(url)}")
         try:
-            warnings = connect.check_server(info, allow_volatile=settings.allow_volatile)
+            warnings = connect.check_server(
+                info, allow_volatile=settings.allow_volatile, durability=settings.durability
+            )
         except ServerUnsuitable as error:
             # every other look would end in the same words
             yield Finding("suitable", Verdict.BAD, str(error))

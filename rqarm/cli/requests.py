@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from rqarm.browse import listing
-from rqarm.cli.bulk import submit_from
+from rqarm.cli.bulk import NOT_DURABLE, submit_from
 from rqarm.cli.common import (
     FAILURE,
     NO_SERVER,
@@ -130,6 +130,8 @@ def submit(
             if status.outcome is Outcome.REFUSED:
                 name = status.queue or request.queue or rm.settings.queue
                 complain(f"queue {name} is at its limit (max_pending): try again later")
+            if status.durable is False:
+                complain(NOT_DURABLE)
             if not is_waiting or status.outcome is Outcome.REFUSED:
                 return _leave_submitted(rm, status, is_json)
             ended = wait_for(rm, status.key, timeout) if status.state.in_flight else status
