@@ -711,6 +711,23 @@ def test_open_reads_and_seeks_in_small_and_large_results(rm: Any) -> None:
         assert file.read() == "é".encode()
 
 
+def test_one_connection_serves_call_after_call_and_one_that_was_closed_is_replaced(
+    url: str, redis_client: redis.Redis
+) -> None:
+    def ids() -> set[str]:
+        return {entry["id"] for entry in redis_client.client_list()}
+
+    others = ids()
+    with RequestManager(url, allow_volatile=True) as manager:
+        manager.find(manager.submit("/a").key)  # a script and a plain command
+        (only,) = ids() - others
+        redis_client.client_kill_filter(_id=only)
+        assert manager.submit("/b").outcome == "new"
+        (another,) = ids() - others
+        assert another != only
+    assert ids() == others
+
+
 def test_open_fetches_the_pieces_that_are_read(
     opened: Any, kind: str, monkeypatch: pytest.MonkeyPatch, redis_client: redis.Redis
 ) -> None:

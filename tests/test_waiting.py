@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import managers
@@ -41,7 +43,7 @@ from rqarm.config import Settings
 from rqarm.flows import RECHECK, Core, Emit, Listen, Watch
 from rqarm.keys import Keys
 from rqarm.model import Key
-from rqarm.replies import Found, Taken
+from rqarm.replies import Found, Stored, Taken
 from rqarm.rqjobs import RqJobs
 
 URI = "/cities/FR"
@@ -114,6 +116,28 @@ def test_a_result_that_came_before_the_subscription_is_found_at_once(core: Core)
     with pytest.raises(StopIteration) as end:
         flow.send([found(State.COMPLETED)])
     assert [status.state for status in end.value.value] == [State.COMPLETED]
+
+
+def test_who_had_to_wait_subscribes_before_the_next_submit(core: Core) -> None:
+    """A hit needs no subscription, and behind a submit it may be later than the end."""
+    encoded = codec.encode(1, core.settings)
+    hit = Found(
+        BatchStatus(KEY, State.COMPLETED, Outcome.HIT, value=1), Stored(KEY, "x", encoded.envelope, encoded.inline)
+    )
+    new = Found(BatchStatus(KEY, State.PENDING, Outcome.NEW), None)
+
+    first = flows.get(core, URI)
+    assert verbs(first.send(None)) == ["submit"]
+    assert first.send(new) == Watch((KEY,), is_sure=False)
+
+    second = flows.get(core, URI)
+    assert second.send(None) == Watch((KEY,), is_sure=False)
+    assert verbs(second.send(None)) == ["submit"]
+    with pytest.raises(StopIteration) as end:
+        second.send(hit)
+    assert end.value.value == 1
+
+    assert verbs(flows.get(core, URI).send(None)) == ["submit"]
 
 
 def test_a_lost_wake_up_is_found_at_the_next_look(core: Core) -> None:
@@ -474,6 +498,24 @@ def test_a_small_result_comes_with_the_wake_up(
     assert waiting.result(managers.PATIENCE) == value
     assert len(looked) == 1 + reads
     assert rm.result(key) == value
+
+
+def test_a_subscription_that_went_in_part_ends_its_connection(redis_client: redis.Redis) -> None:
+    """Half a command would take the next one for its own end."""
+    listener = listen.Listener(redis_client, Keys("arm"))
+    ours, theirs = socket.socketpair()
+    with ours, theirs, contextlib.closing(listener):
+        ours.setblocking(False)
+        listener._connection = SimpleNamespace(
+            _sock=ours,
+            pack_command=lambda *words: [" ".join(words).encode() * 100_000],
+            disconnect=lambda: None,
+        )
+        listener._pool = SimpleNamespace(release=lambda connection: None)
+        with listener.watch([KEY], is_sure=False):
+            theirs.settimeout(managers.PATIENCE)
+            while theirs.recv(1 << 20):
+                continue  # to the end of the stream, which does come
 
 
 def test_what_was_said_before_a_resubmit_does_not_answer_it(
