@@ -69,6 +69,11 @@ class _Wire:
             return ("EVALSHA", self.sha(step.script), len(step.keys), *step.keys, *step.argv)
         return step.argv
 
+    def loads(self, steps: Sequence[Call[Any] | Command[Any]]) -> list[Command[Any]]:
+        """What teaches the server the scripts of these steps."""
+        scripts = {step.script for step in steps if isinstance(step, Call)}
+        return [Command(("SCRIPT", "LOAD", self.text(script)), bytes) for script in scripts]
+
     def check(self, info: dict[str, Any], settings: Settings) -> None:
         """Refuse a server that would lose requests; say once what is doubtful."""
         for warning in connect.check_server(
@@ -201,13 +206,14 @@ class Shell:
         return self._wire.read_all(batch, self._replies(batch.steps))
 
     def _replies(self, steps: Sequence[Call[Any] | Command[Any]]) -> list[Any]:
-        """One round trip, and another one from the first call that met a server without its script."""
+        """One round trip; what met a server without its script is sent again."""
         replies = self._exchange(steps)
-        first = _first_unknown(replies)
-        if first is not None:
-            for script in {step.script for step in steps if isinstance(step, Call)}:
-                self.client.script_load(self._wire.text(script))
-            replies[first:] = self._exchange(steps[first:])
+        if again := _to_say_again(steps, replies):
+            for reply in self._exchange(self._wire.loads(steps)):
+                if isinstance(reply, Exception):
+                    raise reply
+            for i, reply in zip(again, self._exchange([steps[i] for i in again]), strict=True):
+                replies[i] = reply
         return replies
 
     def send(self, batch: Batch[Any]) -> Sent:
@@ -403,13 +409,14 @@ class AsyncShell:
             return await self.client.execute_command(*argv)
 
     async def _batch(self, batch: Batch[Any]) -> list[Any]:
-        """One round trip, and another one from the first call that met a server without its script."""
+        """One round trip; what met a server without its script is sent again."""
         replies = await self._pipeline(batch.steps)
-        first = _first_unknown(replies)
-        if first is not None:
-            for script in {step.script for step in batch.steps if isinstance(step, Call)}:
-                await self.client.script_load(self._wire.text(script))
-            replies[first:] = await self._pipeline(batch.steps[first:])
+        if again := _to_say_again(batch.steps, replies):
+            for reply in await self._pipeline(self._wire.loads(batch.steps)):
+                if isinstance(reply, Exception):
+                    raise reply
+            for i, reply in zip(again, await self._pipeline([batch.steps[i] for i in again]), strict=True):
+                replies[i] = reply
         return self._wire.read_all(batch, replies)
 
     async def _pipeline(self, steps: Any) -> list[Any]:
@@ -441,11 +448,10 @@ class AsyncShell:
             await self.client.aclose()
 
 
-def _first_unknown(replies: Sequence[Any]) -> int | None:
-    """The first call whose script the server does not know. What stands behind it may be about it, and every call is
-    safe to repeat.
-    """
-    return next((i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)), None)
+def _to_say_again(steps: Sequence[Call[Any] | Command[Any]], replies: Sequence[Any]) -> list[int]:
+    """The calls whose script the server does not know, and plain commands behind the first, which may be about it."""
+    unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+    return unknown and [i for i in range(unknown[0], len(steps)) if i in unknown or isinstance(steps[i], Command)]
 
 
 def _is_quiet(connection: Any) -> bool:

@@ -173,9 +173,14 @@ def round_trips(monkeypatch: Any) -> Iterator[list[Any]]:
 
 
 def watched(client: redis.Redis, *keys: str) -> None:
-    """Return when somebody listens for each of these keys."""
+    """Return when somebody listens for each of these keys, which are in flight: who submits may subscribe before."""
     channels = [f"arm:done:{key}" for key in keys]
     eventually(lambda: all(n > 0 for _, n in client.pubsub_numsub(*channels)), PATIENCE, "a waiter subscribes")
+    eventually(
+        lambda: all(client.hget(f"arm:status:{key}", "state") in (b"pending", b"in_progress") for key in keys),
+        PATIENCE,
+        "what a waiter waits for is in flight",
+    )
 
 
 def blocked(client: redis.Redis, count: int = 1) -> None:

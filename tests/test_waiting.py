@@ -650,6 +650,7 @@ async def test_who_is_cancelled_while_subscribing_leaves_the_next_one_subscribed
 ) -> None:
     """The first to watch a channel subscribes for all; the next must not depend on it."""
     async with AsyncRequestManager(url, allow_volatile=True) as rm:
+        await rm.submit(URI)
         listener = rm.shell._listening()
         heard: list[dict[Key, bytes]] = []
 
