@@ -370,8 +370,8 @@ class Calls:
         def parse(reply: Any) -> Taken:
             word, *rest = read_words("take", reply)
             if word == "started":
-                attempt = read_attempt(Key(text_of(rest[0])), rest[2:], owns_job=for_rq)
-                return Taken(attempt, list=text_of(rest[1]))
+                attempt = read_attempt(Key(text_of(rest[0])), rest[3:], owns_job=for_rq)
+                return Taken(attempt, list=text_of(rest[1]), left=int(rest[2]))
             if word == "empty":
                 return Taken(None, word, last_event=text_of(rest[0]))
             return Taken(None, word, list=text_of(rest[0]) if rest else "")

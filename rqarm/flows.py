@@ -389,7 +389,7 @@ def wait(core: Core, keys: str | Iterable[str], timeout: float | None) -> Flow[l
     """The statuses in the order of the keys, when all have ended or the time is over."""
     wanted = [check_key(key) for key in ([keys] if isinstance(keys, str) else keys)]
     known: dict[Key, BatchStatus] = {}
-    yield from collect(_settle(core, wanted, timeout, known))
+    yield from collect(_settle(core, wanted, timeout, known, at_once=True))
     return [known[key] for key in wanted]
 
 
@@ -431,8 +431,10 @@ def _settle(
     *,
     with_value: bool = False,
     is_fresh: bool = False,
+    at_once: bool = False,
 ) -> Flow[None]:
-    """Emits a Found for each key as it ends (or is unknown); returns at the end or when the time is over.
+    """Emits a Found for each key as it ends (or is unknown); returns at the end or when the time is over. ``at_once``:
+    the caller can wait for the last of them, so those that woke are read together.
 
     Subscribe, then read, then wait: a result that comes between reading and waiting has left its wake-up behind. The
     record is the answer and the wake-up a hint, so everything is read again every RECHECK seconds. A small result comes
@@ -463,13 +465,30 @@ def _settle(
         left = RECHECK if deadline is None else min(RECHECK, deadline - core.clock())
         if not waiting or left <= 0:
             return
+        until = core.clock() + left
         woken = yield Listen(left)
+        if at_once and woken:
+            woken = yield from _more_woken(core, waiting, woken, until)
         if not woken:
             # nobody may be there to notice that a worker died: whoever waits does. A favour: when it fails (memory is
             # out, foreign data among the leases) the wait goes on, and the read says what is wrong with this request.
             with contextlib.suppress(Exception):
                 yield from sweep_if_due(core)
-        asked = [key for key in waiting if key in woken] or tuple(waiting)
+        asked = [key for key in waiting if key in woken]
+        if not asked or (at_once and deadline is not None and core.clock() >= deadline):
+            asked = tuple(waiting)
+
+
+def _more_woken(core: Core, waiting: Iterable[Key], woken: dict[Key, bytes], until: float) -> Flow[dict[Key, bytes]]:
+    """Those that woke, and that wake until all who wait have, nobody does any more, or the time is over."""
+    asleep, known = set(waiting) - woken.keys(), dict(woken)
+    while asleep and (left := until - core.clock()) > 0:
+        more: dict[Key, bytes] = yield Listen(left)
+        if not more:
+            break
+        asleep -= more.keys()
+        known |= more
+    return known
 
 
 def through(flow: Flow[T], ask: Callable[[Step], Flow[Any]]) -> Flow[T]:

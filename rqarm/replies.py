@@ -73,7 +73,8 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a taker got: an attempt and the RQ list it came from ("" = it had it before); or why it got none.
+    """What a taker got: an attempt, the RQ list it came from ("" = it had it before) and how many wait in its queue; or
+    why it got none.
 
     ``reason``: ``empty``, ``foreign`` (a job of others is next, in ``list``), ``suspended``, or ``spent`` (what this
     execution took has ended: ask as another). ``last_event`` comes with ``empty``: where the events stood.
@@ -83,6 +84,7 @@ class Taken:
     reason: str = ""
     list: str = ""
     last_event: str = ""
+    left: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -440,6 +440,20 @@ MUTANTS = [
         ("tests/test_partition.py", "-k", "in_silence"),
     ),
     Mutant(
+        "horse-stays-lone-in-a-crowd",
+        "worker/horse.py",
+        "self._is_lone = not (isinstance(taken, Taken) and taken.left)",
+        "self._is_lone = True",
+        ("tests/test_horse.py", "-k", "much_comes_at_once"),
+    ),
+    Mutant(
+        "guard-minds-what-was-handed-back",
+        "worker/stable.py",
+        '.death != "ahead"]',
+        '.death != "nothing"]',
+        ("tests/test_horse.py", "-k", "for_no_lease_but_its_own"),
+    ),
+    Mutant(
         "guard-renews-nothing",
         "worker/stable.py",
         "self._renew([run for run in runs if not run.death and now - run.renewed >= due], now)",

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,12 +29,15 @@ from servers import eventually
 from workers import LEASE, PATIENCE, TESTS, Crew, WorkerProcess, crew, is_alive, timed
 
 from rqarm import BatchRequest, RequestFailed, RequestManager, State, Worker, connect, embedded, flows
+from rqarm.config import Settings
 from rqarm.model import Key, Priority, Token
 from rqarm.replies import NO_REQUEST, Attempt, Taken
 from rqarm.rqjobs import queue_names
 from rqarm.worker import board as board_module
+from rqarm.worker import stable as stable_module
 from rqarm.worker.board import _PAGE, Board
 from rqarm.worker.horse import Horse, Waiting
+from rqarm.worker.stable import Stable, _Animal, _Run
 
 HORSE_APP = TESTS / "horse_app.py"
 LANES = 20
@@ -297,6 +301,18 @@ def test_behind_an_idle_worker_the_start_comes_with_the_wake_up(lonely: Crew) ->
         waiting_for_work(lonely)
     _, scripts, _ = (new - old for new, old in zip(costs(lonely.rm), before, strict=True))
     assert scripts <= 20 * 3 + 3, "a sweep in between"
+
+
+def test_a_worker_that_was_idle_is_busy_when_much_comes_at_once(lonely: Crew) -> None:
+    """Only who finds nothing behind its request ends that alone, and waits for the next."""
+    lonely.hire(lease=60)
+    assert lonely.rm.get("/add/0/1", timeout=20) == 1
+    waiting_for_work(lonely)
+    before = costs(lonely.rm)
+    keys = [status.key for status in lonely.rm.submit_many([f"/add/{n}/1" for n in range(1, 401)])]
+    assert {status.state for status in lonely.rm.wait(keys, timeout=30)} == {State.COMPLETED}
+    reads, _, _ = (new - old for new, old in zip(costs(lonely.rm), before, strict=True))
+    assert reads / 400 <= 1.4
 
 
 def waiting_for_work(team: Crew) -> None:
@@ -699,9 +715,14 @@ def test_all_that_a_stopped_worker_runs_comes_too_late(team: Crew) -> None:
 def test_what_was_taken_ahead_of_a_slow_request_goes_to_another_worker(team: Crew) -> None:
     team.hire(handlers=TESTS / "app.py")
     team.settle(*(status.key for status in team.rm.submit_many(f"/mostly/{n}" for n in range(30))))
-    slow, *behind = [status.key for status in team.rm.submit_many(["/mostly/slow", "/mostly/a", "/mostly/b"])]
+    # a horse that is busy: who was idle takes the slow one alone
+    names = [*(f"/mostly/more-{n}" for n in range(50)), "/mostly/slow", "/mostly/a", "/mostly/b"]
+    *_, slow, one, two = [status.key for status in team.rm.submit_many(names)]
+    behind = [one, two]
     team.running("slow")
     eventually(lambda: [team.rm.status(key).state for key in behind] == [State.PENDING] * 2, 5, "they are handed back")
+    verbs = [event.verb for event in team.rm.events("0", timeout=0.01) if event.key in behind]
+    assert "release" in verbs, "nothing was taken ahead"
     team.hire(handlers=TESTS / "app.py")
     assert [status.attempts for status in team.settle(*behind)] == [1, 1]
     assert team.rm.status(slow).state is State.IN_PROGRESS
@@ -709,6 +730,31 @@ def test_what_was_taken_ahead_of_a_slow_request_goes_to_another_worker(team: Cre
     assert team.rm.result(slow, timeout=20) == "slow"
     assert team.rm.status(slow).attempts == 1
     assert team.field(slow, "crashes") is None
+
+
+@pytest.mark.parametrize("death", ["ahead", ""])
+def test_the_guard_ends_a_horse_for_no_lease_but_its_own(
+    board: Board, monkeypatch: pytest.MonkeyPatch, death: str
+) -> None:
+    """What was handed back stands on the board, and is renewed no more, until the slow one before it has ended."""
+    looks, killed = itertools.count(1), list[int]()
+    stable = Stable(SimpleNamespace(settings=Settings(lease=0.3, renewal=0.1)))  # type: ignore[arg-type]
+    horse = _Animal(1, board, None, None)  # type: ignore[arg-type]
+
+    def renew(runs: list[_Run], now: float) -> None:
+        for run in runs:
+            run.renewed = run.renewed if run.turn.lane == 1 else now
+        if next(looks) > 10:
+            horse.is_gone.set()
+
+    monkeypatch.setattr(stable, "_renew", renew)
+    monkeypatch.setattr(stable_module, "kill_group", lambda pid, _: killed.append(pid))
+    board.show(0, 4, attempt(), time.monotonic(), 60.0)
+    board.show(1, 5, attempt(), 0.0, 60.0)
+    for turn in board.turns():
+        stable._run_of(turn, time.monotonic()).death = death if turn.lane == 1 else ""
+    stable._guard(horse)
+    assert killed == ([] if death else [1])
 
 
 # -- many at a time

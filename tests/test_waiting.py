@@ -173,15 +173,60 @@ def test_a_sweep_that_fails_does_not_end_the_wait(core: Core) -> None:
         flow.throw(redis.exceptions.ConnectionError("but a read that fails does"))
 
 
+def test_who_waits_for_all_reads_those_that_woke_together(core: Core, clock: Clock) -> None:
+    keys = [Key("a"), Key("b"), Key("c")]
+    flow = flows.wait(core, keys, 20.0)
+    flow.send(None)
+    flow.send(None)
+    assert flow.send([found(State.PENDING, key) for key in keys]) == Listen(RECHECK)
+    clock.now = 1.0
+    assert flow.send({Key("b"): b"", Key("stranger"): b""}) == Listen(RECHECK - 1.0)
+    clock.now = 2.0
+    step = flow.send({Key("a"): b"", Key("c"): b""})
+    assert verbs(step) == ["read"] * 3
+    with pytest.raises(StopIteration) as end:
+        flow.send([found(State.COMPLETED, key) for key in keys])
+    assert [status.key for status in end.value.value] == keys
+
+
+def test_when_the_time_is_over_those_are_read_that_did_not_wake(core: Core, clock: Clock) -> None:
+    keys = [Key("a"), Key("b")]
+    flow = flows.wait(core, keys, 2.0)
+    flow.send(None)
+    flow.send(None)
+    assert flow.send([found(State.PENDING, key) for key in keys]) == Listen(2.0)
+    clock.now = 2.0
+    assert verbs(flow.send({Key("a"): b""})) == ["read"] * 2
+
+
+def test_who_waits_for_all_reads_what_woke_when_no_more_do(core: Core, clock: Clock) -> None:
+    keys = [Key("a"), Key("b")]
+    flow = flows.wait(core, keys, 6.0)
+    flow.send(None)
+    flow.send(None)
+    flow.send([found(State.PENDING, key) for key in keys])
+    assert flow.send({Key("a"): b""}) == Listen(RECHECK)
+    clock.now = 5.0
+    step = flow.send({})
+    assert [call.keys for call in step.steps] == [("arm:status:a",)]  # type: ignore[union-attr]
+    assert flow.send([found(State.COMPLETED, Key("a"))]) == Listen(1.0)
+    clock.now = 6.0
+    assert flow.send({Key("b"): b""}).steps[0].keys == ("arm:status:b",)  # type: ignore[union-attr]
+    with pytest.raises(StopIteration) as end:
+        flow.send([found(State.IN_PROGRESS, Key("b"))])
+    assert [status.state for status in end.value.value] == [State.COMPLETED, State.IN_PROGRESS]
+
+
 def test_only_what_woke_is_read_again(core: Core) -> None:
     keys = [Key("a"), Key("b"), Key("c")]
-    flow = flows.wait(core, keys, None)
+    flow = flows.as_completed(core, keys, None)
     flow.send(None)
     assert verbs(flow.send(None)) == ["read"] * 3
     flow.send([found(State.PENDING, key) for key in keys])
     step = flow.send({Key("b"): b"", Key("stranger"): b""})
     assert [call.keys for call in step.steps] == [("arm:status:b",)]  # type: ignore[union-attr]
-    assert flow.send([found(State.FAILED, Key("b"))]) == Listen(RECHECK)
+    assert isinstance(flow.send([found(State.FAILED, Key("b"))]), Emit)
+    assert flow.send(None) == Listen(RECHECK)
 
 
 def test_a_waiter_sleeps_no_longer_than_its_time(core: Core, clock: Clock) -> None:

@@ -17,10 +17,10 @@
 -- ARGV is_last     0|1   this `exec` starts nothing from now on, though a call that was sent before may come yet
 -- ARGV lists       str   RQ's lists in their order, to the end; none: only what this `exec` has started before
 --
--- Returns {'started', key, list, token, attempt, request, kwargs, retries, crashes, queue, priority, job_id, pushed_ms,
---   started_ms, uri, uri_2, uri_3, trace} | {'empty', last_event} | {'foreign', list} | {'suspended'} | {'spent'}
--- Returns also: list is '' when this `exec` had started it before; spent: that has ended, or a later one of its
---   taker has started. An `exec` starts once.
+-- Returns {'started', key, list, left, token, attempt, request, kwargs, retries, crashes, queue, priority, job_id,
+--   pushed_ms, started_ms, uri, uri_2, uri_3, trace} | {'empty', last_event} | {'foreign', list} | {'suspended'} | {'spent'}
+-- Returns also: list is '' when this `exec` had started it before; left is how many wait in its queue still; spent:
+--   that has ended, or a later one of its taker has started. An `exec` starts once.
 
 local leases = KEYS[1]
 local prefix, exec, taker, worker, lease_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
@@ -106,7 +106,7 @@ for _, list in ipairs((is_suspended or is_spent) and {} or lists) do
   foreign, from = is_worker and foreign, list
 end
 
-if taken then return {'started', taken.key, from, attempt(taken)} end
+if taken then return {'started', taken.key, from, int(taken.left or 0), attempt(taken)} end
 if is_spent then return {'spent'} end
 if is_suspended then return {'suspended'} end
 if foreign then return {'foreign', from} end

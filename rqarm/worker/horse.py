@@ -420,8 +420,8 @@ class OneHorse(Horse):
         #: ended, and the server has not answered yet; with each of them something is taken
         self._resting: deque[_Ride] = deque()
         self._reason = ""
-        #: nothing has run since the horse waited for work
-        self._has_slept = False
+        #: the horse has waited for the one that runs, and nothing stood behind that
+        self._is_lone = False
         #: turns that were asked for, and of which nobody knows whether the server has given them
         self._unanswered: deque[int] = deque()
         #: the take of one of them that waits on the server, behind an empty list
@@ -455,7 +455,6 @@ class OneHorse(Horse):
             reason = self.why_stop() or self._patiently(self._ask)
             if reason == "empty" and not order.is_burst:
                 self._patiently(lambda: self._sleep(waiting))
-                self._has_slept = True
             elif reason:
                 return reason
 
@@ -551,9 +550,9 @@ class OneHorse(Horse):
     def _end(self, ride: _Ride) -> None:
         """Tell the server of the end, and take what is next with it; hear what it says of the one before."""
         wanted = 0
-        if self._has_slept:
-            # who was idle a moment ago has most likely nothing to take; waiting on the server is also asking
-            self._has_slept, self._reason = False, "empty"
+        if self._is_lone:
+            # there is most likely nothing to take: the end goes alone, and waiting on the server is also asking
+            self._is_lone, self._reason = False, "empty"
         if not self._reason and not self._unanswered and not self.why_stop():
             asked = sum(len(resting.numbers) for resting in self._resting)
             wanted = (2 if self._is_quick(ride) else 1) - len(self._ahead) - asked
@@ -623,6 +622,7 @@ class OneHorse(Horse):
         self._is_unheard = True
         taken = waiting.wait(self.parent.fileno(), self._armed)
         self._is_unheard = False
+        self._is_lone = not (isinstance(taken, Taken) and taken.left)
         if taken is None or self.board.is_called():
             for _ in self.messages():
                 pass

@@ -321,7 +321,8 @@ class Stable:
             with horse.life:
                 if horse.is_gone.is_set():
                     return
-                runs = [self._run_of(turn, now) for turn in horse.board.turns()]
+                # what was handed back stands on the board until the horse looks at it, and has no lease any more
+                runs = [run for turn in horse.board.turns() if (run := self._run_of(turn, now)).death != "ahead"]
                 # who was stopped leaves the first word to the main thread, which asks whether the lease still holds
                 was_awake = now - looked < self.settings.lease / 3
                 if was_awake and any(now - run.renewed > self.settings.lease * 2 / 3 for run in runs):

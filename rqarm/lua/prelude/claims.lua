@@ -76,7 +76,7 @@ local function begin(key, fields, exec, worker, lease_ms)
   -- First what fails when somebody else uses the name: the ticket is out of its list, and the line still has the key.
   redis.call('ZADD', leases_name(), int(now_ms + lease_ms), key)
   local token, status = next_seq(), status_name(key)
-  leave_line(key, fields)
+  fields.left = leave_line(key, fields)
   if fields.limit then
     -- RARE
     arrive(key, fields.limit)

@@ -56,15 +56,17 @@ local function line_up(key, queue, priority, ticket, est_ms, slot)
   return slot
 end
 
+-- Answers how many are left in line, if it was in it.
 local function leave_line(key, fields)
   local pending = pending_name(fields.queue)
   if fields.state ~= 'in_progress' and redis.call('ZREM', pending, key) == 1 then
-    local est_ms = tonumber(fields.est_ms) or 0
-    if redis.call('ZCARD', pending) == 0 then
+    local est_ms, left = tonumber(fields.est_ms) or 0, redis.call('ZCARD', pending)
+    if left == 0 then
       redis.call('DEL', load_name(fields.queue))
     elseif est_ms > 0 then
       add_load(fields.queue, fields.slot, int(-est_ms))
     end
+    return left
   end
 end
 
