@@ -16,6 +16,9 @@ trips        Requests that the server read from its clients (INFO total_reads_pr
 bytes        used_memory for each job, when it waits and when it has ended; the result is the number 1. rqarm's capped
              stream of events aside.
 
+rqarm also gets all jobs at once while its worker is idle, and that must not be much slower: then it also submits. The
+others are not asked for that, since most of them are slower to submit than to run.
+
 A contender that cannot be installed or fails is listed with the reason.
 """
 
@@ -288,6 +291,19 @@ def throughput(player: Player, jobs: int, seconds: float) -> Measured:
     )
 
 
+def flood(player: Player, jobs: int, seconds: float) -> float:
+    """Jobs per second of a worker that was idle when they came, from the first to the last."""
+    stage = player.stage
+    stage.clear()
+    with player.worker() as check:
+        player.ask("latency", 1, 3)
+        stage.marks.write_bytes(b"")
+        player.ask("enqueue", jobs)
+        player.wait_for(lambda: stage.count() == jobs, check, seconds, "the jobs that came at once were")
+        times = stage.times()
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
 def verify(player: Player, ids: list[str], check: Callable[[], None]) -> None:
     """See that the results are there. Raises Failed."""
     deadline = time.monotonic() + CORRECT
@@ -353,6 +369,7 @@ class Report:
     rounds: list[dict[str, Measured]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     naps: list[dict[str, float]] = field(default_factory=list)
+    floods: list[float] = field(default_factory=list)
 
     def middle(self, name: str, figure: str) -> float:
         return median(getattr(one[name], figure) for one in self.rounds if name in one)
@@ -403,6 +420,11 @@ def compete(stage: Stage, options: argparse.Namespace, report: Report) -> None:
             except Failed as failed:
                 report.failed[name] = f"round {number + 1}: {failed}"
                 say(f" {failed}")
+        if "rqarm" in options.only and "rqarm, at once" not in report.failed:
+            try:
+                report.floods.append(flood(ours, options.jobs, CLIENT))
+            except Failed as failed:
+                report.failed["rqarm, at once"] = str(failed)
         if options.naps and "rqarm --async" not in report.failed:
             try:
                 report.naps.append(naps(ours, f"--concurrency {options.concurrency}", options.concurrency))
@@ -436,6 +458,8 @@ def show(report: Report) -> None:
             "aims: 50 times rq's jobs/s, more than the best; 0.8 of the best p50; at most 1 trip, 1200 B pending, "
             "1000 B finished"
         )
+    if report.floods:
+        print(f"rqarm, {report.jobs} jobs at once for an idle worker: {median(iter(report.floods)):.0f} jobs/s")
     if report.naps:
         for name, title in (("drain", "start to end"), ("client", "submit to result")):
             times = median(one[name] for one in report.naps)
