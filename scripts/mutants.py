@@ -440,6 +440,27 @@ MUTANTS = [
         ("tests/test_partition.py", "-k", "in_silence"),
     ),
     Mutant(
+        "confirmed-before-it-was-said",
+        "shell.py",
+        "if i in unknown or isinstance(steps[i], Command)]",
+        "if i in unknown]",
+        ("tests/test_durability.py", "-k", "sent_again"),
+    ),
+    Mutant(
+        "durable-whatever-is-said",
+        "calls.py",
+        "int(reply[0]) >= 1",
+        "int(reply[0]) >= 0",
+        ("tests/test_durability.py", "-k", "in_time"),
+    ),
+    Mutant(
+        "subscription-behind-the-submit",
+        "flows.py",
+        "    if core.habit.waits:\n",
+        "    if False:\n",
+        ("tests/test_waiting.py", "-k", "before_the_next_submit"),
+    ),
+    Mutant(
         "horse-stays-lone-in-a-crowd",
         "worker/horse.py",
         "self._is_lone = not (isinstance(taken, Taken) and taken.left)",
