@@ -415,8 +415,8 @@ MUTANTS = [
     Mutant(
         "waiter-trusts-the-wake-up",
         "flows.py",
-        "asked = [key for key in waiting if key in woken] or tuple(waiting)",
-        "asked = [key for key in waiting if key in woken]",
+        "if not asked or (at_once and",
+        "if (at_once and",
     ),
     Mutant(
         "horse-dies-when-nobody-can-connect",

@@ -723,9 +723,8 @@ def test_one_connection_serves_call_after_call_and_one_that_was_closed_is_replac
         (only,) = ids() - others
         redis_client.client_kill_filter(_id=only)
         assert manager.submit("/b").outcome == "new"
-        (another,) = ids() - others
-        assert another != only
-    assert ids() == others
+        (another,) = ids() - others - {only}
+    eventually(lambda: ids() <= others, what="nothing stays open")
 
 
 def test_open_fetches_the_pieces_that_are_read(
