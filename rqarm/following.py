@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -124,9 +124,9 @@ def _as_its_root(core: Core, seen: Followed, root: Key, known: _Known) -> Flow[F
     if seen.found.status.state not in (State.PENDING, State.COMPLETED):
         return seen
     of_root: Followed | None = yield core.calls.follow(root, known.token, known.number)
-    # a root that vanished, or ended between the two looks: the next look at the alias says what became of it
     if of_root is None or of_root.found.status.state.in_flight != seen.found.status.state.in_flight:
-        return seen
+        # a root that vanished, or ended between the two looks: the next look at the alias says what became of it
+        return replace(seen, token=known.token, values=()) if seen.found.status.state.in_flight else seen
     return of_root
 
 

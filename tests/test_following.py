@@ -475,6 +475,22 @@ def test_a_lost_wake_up_costs_a_look_every_few_seconds() -> None:
 # -- the emitter
 
 
+def test_a_root_that_ends_between_the_two_looks_is_no_restart() -> None:
+    settings = Settings()
+    alias = Followed(Found(BatchStatus(Key("k"), State.PENDING, attempts=1, redirect=Key("root")), None), "7", 1, ())
+    flow = following.follow(Core(settings, RqJobs(settings)), "k", None)
+    next(flow)
+    flow.send(None)
+    assert flow.send(alias) == Watch((Key("k"), Key("k:told"), Key("root"), Key("root:told")))
+    flow.send(None)
+    flow.send(alias)
+    assert flow.send(looked(State.IN_PROGRESS, "9", 1, "of the root")).item.value == "of the root"
+    assert next(flow) == Listen(RECHECK)
+    flow.send({Key("root"): b""})
+    flow.send(alias)  # it is still that of before
+    assert flow.send(looked(State.COMPLETED, "9", 2)) == Listen(RECHECK), "the end of the alias has woken it already"
+
+
 class Sent:
     """What an emitter sends, and how the server takes it."""
 
