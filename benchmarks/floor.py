@@ -108,7 +108,7 @@ def _serve(wire: Wire, manager: RequestManager, requests: list[BatchRequest]) ->
     lists, encoded = core.jobs.lists(core.settings.queue), codec.encode(1, core.settings)
     block = ("BLMOVE", lists[1], lists[1], "LEFT", "LEFT", "0")
     takes = [
-        wire.pack(block, as_command(core.calls.take(lists, f"x.{n}", "w", "w", LEASE_MS, for_rq=True)))
+        wire.pack(block, as_command(core.calls.take(lists, f"{os.getpid()}.{n}", "w", "w", LEASE_MS, for_rq=True)))
         for n in range(len(requests))
     ]
     for take in takes:

@@ -39,6 +39,16 @@ def test_the_worker_benchmark_measures_rqarm_and_names_who_is_missing(tmp_path: 
     assert "rq" in report["failed"]
 
 
+def test_the_floor_is_measured() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "floor.py"), "--calls", "20"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
+    assert set(figures) == {"hops", "scripts", "server"}
+    assert 0 < figures["server"] < figures["scripts"]
+
+
 def test_the_benchmark_of_the_views_measures_each_and_watches_the_round_trips(tmp_path: Path) -> None:
     told = tmp_path / "figures.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "views.py"), "--cached", "300", "--pending", "40"]
