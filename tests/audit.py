@@ -24,6 +24,8 @@ from rqarm.keys import Keys
 STRIDE = 2.5e15
 RADIX = 128
 IN_FLIGHT = ("pending", "in_progress")
+#: how long a server lets writers wait for an audit at the most
+PAUSE_MS = 10_000
 #: keys of ours that may carry a TTL: a result and its record, and the throttle of the sweep
 MAY_EXPIRE = ("status:", "result:", "chunk:", "callbacks:", "followup:", "emitted:", "aliases:", "traces:", "swept")
 RQ_LIST = "rq:queue:"
@@ -38,14 +40,12 @@ def audit(client: redis.Redis, keys: Keys, *, lost: Collection[str] = ()) -> Non
 
 
 def audit_in_motion(client: redis.Redis, keys: Keys) -> None:
-    """The same where workers run: what one changes between two reads looks wrong, but not three times in a row."""
-    for looks_left in (2, 1, 0):
-        try:
-            return audit(client, keys)
-        except AssertionError:
-            if not looks_left:
-                raise
-    return None
+    """The same where workers run: nobody writes meanwhile, for what changes between two reads looks wrong."""
+    client.client_pause(PAUSE_MS, all=False)
+    try:
+        audit(client, keys)
+    finally:
+        client.client_unpause()
 
 
 class _Audit:
