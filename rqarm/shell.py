@@ -43,6 +43,8 @@ log = logging.getLogger("rqarm")
 IN_FLIGHT = 32
 #: redis-py's default is 100 for a pool, and one more is an error
 UNLIMITED = 1 << 31
+#: how often a server is taught a script for one call: one that restarts may forget it again at once
+LESSONS = 5
 #: bytes up to which commands are sent in one piece
 JOINED = 1 << 16
 #: what a manager calls a server whose URL it was not told
@@ -208,7 +210,10 @@ class Shell:
     def _replies(self, steps: Sequence[Call[Any] | Command[Any]]) -> list[Any]:
         """One round trip; what met a server without its script is sent again."""
         replies = self._exchange(steps)
-        if again := _to_say_again(steps, replies):
+        for _ in range(LESSONS):
+            again = _to_say_again(steps, replies)
+            if not again:
+                break
             for reply in self._exchange(self._wire.loads(steps)):
                 if isinstance(reply, Exception):
                     raise reply
@@ -401,17 +406,21 @@ class AsyncShell:
         if isinstance(step, Batch):
             return await self._batch(step)
         argv = self._wire.argv(step)
-        try:
-            return await self.client.execute_command(*argv)
-        except NoScriptError:
-            assert isinstance(step, Call)
-            await self.client.script_load(self._wire.text(step.script))
-            return await self.client.execute_command(*argv)
+        for _ in range(LESSONS):
+            try:
+                return await self.client.execute_command(*argv)
+            except NoScriptError:
+                assert isinstance(step, Call)
+                await self.client.script_load(self._wire.text(step.script))
+        return await self.client.execute_command(*argv)
 
     async def _batch(self, batch: Batch[Any]) -> list[Any]:
         """One round trip; what met a server without its script is sent again."""
         replies = await self._pipeline(batch.steps)
-        if again := _to_say_again(batch.steps, replies):
+        for _ in range(LESSONS):
+            again = _to_say_again(batch.steps, replies)
+            if not again:
+                break
             for reply in await self._pipeline(self._wire.loads(batch.steps)):
                 if isinstance(reply, Exception):
                     raise reply

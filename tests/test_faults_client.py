@@ -279,6 +279,51 @@ def test_connections_that_were_all_cut_are_opened_again(
 # -- the server
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_scripts_that_the_server_forgets_again_at_once_are_loaded_again(
+    rm: Any, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch, many: bool
+) -> None:
+    """Row 33: a server that restarts again and again knows no script when it is asked for the second time."""
+    restarts = iter(range(3))
+
+    def forgets() -> None:
+        if next(restarts, None) is not None:
+            redis_client.script_flush()
+
+    send = redis.connection.AbstractConnection.send_packed_command
+    send_async = redis.asyncio.connection.AbstractConnection.send_packed_command
+
+    def is_lesson(command: Any) -> bool:
+        return b"LOAD" in (command if isinstance(command, bytes) else b"".join(command))[:60]
+
+    def sent(self: Any, command: Any, *args: Any, **kwargs: Any) -> None:
+        read, learns = self.read_response, is_lesson(command)
+        send(self, command, *args, **kwargs)
+        if learns:
+            monkeypatch.setattr(self, "read_response", lambda *a, **k: (read(*a, **k), forgets())[0], raising=False)
+
+    async def sent_async(self: Any, command: Any, *args: Any, **kwargs: Any) -> None:
+        learns = is_lesson(command)
+        await send_async(self, command, *args, **kwargs)
+        if learns:
+            read = self.read_response
+
+            async def reading(*a: Any, **k: Any) -> Any:
+                answer = await read(*a, **k)
+                forgets()
+                return answer
+
+            self.read_response = reading
+
+    rm.submit("/known")  # it is checked before
+    redis_client.script_flush()
+    monkeypatch.setattr(redis.connection.AbstractConnection, "send_packed_command", sent)
+    monkeypatch.setattr(redis.asyncio.connection.AbstractConnection, "send_packed_command", sent_async)
+    statuses = rm.submit_many(["/new/1", "/new/2"]) if many else [rm.submit("/new")]
+    assert {status.outcome for status in statuses} == {"new"}
+    assert next(restarts, None) is None, "it has forgotten them three times"
+
+
 def test_scripts_that_the_server_forgot_are_loaded_again(rm: Any, redis_client: redis.Redis) -> None:
     """Row 33."""
     for uri in ("/a", "/b"):
