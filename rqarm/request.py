@@ -146,8 +146,7 @@ class BatchRequest:
     def query(self) -> dict[str, list[str]]:
         """All parameters, decoded, those of the URI first; a bare name counts as an empty value. A new dict."""
         query: dict[str, list[str]] = {}
-        form = self._forms[()]
-        for name, value in form.params if "?" in form.uri else ():
+        for name, value in self._forms[()].params:
             query.setdefault(name, []).append(value or "")
         return query
 

@@ -40,9 +40,7 @@ MAX_LINE_BYTES = 16 << 20
 FIELDS = frozenset(
     ("uri", "params", "operation", "sticky", "ttl", "key", "queue", "priority", "estimated_time", "tags", "payload")
 )
-
-
-#: for people
+#: what people are told of a submit that is not ``durable``
 NOT_DURABLE = (
     "the server has taken it, and did not say within durable_timeout that it is safe (durability): it may be lost if "
     "the server breaks down now; then submit it again"

@@ -18,8 +18,6 @@ T = TypeVar("T")
 
 #: seconds by which the alarm comes after the limit of an async handler, which its event loop keeps better
 ALARM_DELAY = 1.0
-
-
 #: signal.signal without its search for the name of the handler that was there, which takes longer than all else here
 _set_handler: Callable[[int, Any], Any] = import_module("_signal").signal
 

@@ -75,8 +75,7 @@ class TextFormatter(logging.Formatter):
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return text if text.isascii() and text.isprintable() else plain(text, keep="\n\t").replace("\n", "\n    ")
+        return plain(super().format(record), keep="\n\t").replace("\n", "\n    ")
 
 
 class JsonFormatter(logging.Formatter):
